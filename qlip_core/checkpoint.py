@@ -1,0 +1,247 @@
+"""Checkpoints in the published layout: found, checked against the architecture, read part by part.
+
+SPEC section 2. Only safetensors and JSON are read. What we write, NVIDIA's code can load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlip_core.architecture import PARTS, architecture, diff_tensors
+from qlip_core.config import QLIPConfig
+from qlip_core.errors import CheckpointError
+from qlip_core.hub import find_model
+from qlip_core.preprocessing import Preprocessing
+from qlip_core.tensorfile import TensorFile, as_float32, write_tensors
+from qlip_core.text import FILES as TOKENIZER_FILES
+from qlip_core.text import Tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """A model's config and weights. Tensors are read when asked for, and checked as they are read."""
+
+    def __init__(self, config: QLIPConfig, files: list[TensorFile], folder: Path) -> None:
+        self.config = config
+        self.folder = folder
+        self._where: dict[str, TensorFile] = {}
+        for file in files:
+            for name in file.entries:
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{folder}: tensor {name} is in two files, {self._where[name].path.name} "
+                        f"and {file.path.name}"
+                    )
+                self._where[name] = file
+        shapes = {name: file.entries[name].shape for name, file in self._where.items()}
+        if problem := diff_tensors(config, shapes):
+            raise CheckpointError(f"{folder}: the weights do not fit the config: {problem}")
+
+    @property
+    def stored_dtypes(self) -> set[str]:
+        """How the weights are stored, in safetensors' names."""
+        return {self._where[name].entries[name].dtype for name in architecture(self.config)}
+
+    @property
+    def stored_bytes(self) -> int:
+        files = {file.path: file for file in self._where.values()}
+        return sum(path.stat().st_size for path in files)
+
+    def tensor(self, name: str) -> np.ndarray:
+        """One tensor as float32. Raises CheckpointError if it has NaN or infinite values."""
+        values = self._where[name].float32(name)
+        if not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise CheckpointError(
+                f"{self._where[name].path}: tensor {name} has {bad} values that are NaN or infinite"
+            )
+        return values
+
+    def part(self, part: str) -> dict[str, np.ndarray]:
+        """All tensors of one part of PARTS, as float32."""
+        table = architecture(self.config)
+        return {name: self.tensor(name) for name, spec in table.items() if spec.part == part}
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors, as float32."""
+        return {name: self.tensor(name) for name in architecture(self.config)}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What tells this tokenizer from any other: 32 hex digits of its config and its weights.
+
+        Covers the visual towers and the bottleneck (what tokens depend on), sampling each large
+        tensor at 16 places, so that it costs milliseconds at any size. Any training changes it.
+        """
+        digest = hashlib.sha256()
+        for name, spec in sorted(architecture(self.config).items()):
+            if spec.part == "text":
+                continue
+            digest.update(f"{name}{list(spec.shape)}".encode())
+            file = self._where[name]
+            flat = file.raw(name).reshape(-1)
+            for start, stop in _sampled(len(flat)):
+                values = as_float32(flat[start:stop], file.entries[name].dtype, name)
+                digest.update(values.astype("<f4").tobytes())
+        return digest.hexdigest()[:32]
+
+    @cached_property
+    def preprocessing(self) -> Preprocessing:
+        path = self.folder / "preprocessor_config.json"
+        size = self.config.image_size
+        return Preprocessing.from_file(path, size) if path.is_file() else Preprocessing(size)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The text tokenizer, or None where the checkpoint came without its files."""
+        return Tokenizer.from_folder(self.folder, self.config.text_config)
+
+    @cached_property
+    def license(self) -> str | None:
+        """The licence that the folder's card states (`license:` of README.md), else None."""
+        return self._card("license_name") or self._card("license")
+
+    @cached_property
+    def note(self) -> str | None:
+        """One line that the card says of this model (`note:` of README.md), else None."""
+        return self._card("note")
+
+    def _card(self, key: str) -> str | None:
+        try:
+            text = (self.folder / "README.md").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return None
+        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+        found = re.search(rf"^{key}:\s*(.+?)\s*$", front[1], re.MULTILINE) if front else None
+        return found[1].strip("\"'") if found else None
+
+
+def _sampled(size: int) -> Iterator[tuple[int, int]]:
+    blocks, width = 16, 256
+    if size <= blocks * width:
+        yield 0, size
+        return
+    for i in range(blocks):
+        start = i * (size - width) // (blocks - 1)
+        yield start, start + width
+
+
+# -- reading -----------------------------------------------------------------------------------
+
+
+def open_checkpoint(model: str | Path | None = None, revision: str | None = None) -> Checkpoint:
+    """Open a folder, a `.safetensors` file beside its config.json, a hub id, or the bundled model.
+
+    Reads headers only. Raises ConfigError or CheckpointError; the latter lists every tensor that is
+    missing, unexpected or of another shape.
+    """
+    path = find_model(model, revision)
+    folder = path if path.is_dir() else path.parent
+    files = [TensorFile(p) for p in ([path] if path.is_file() else _weight_files(folder))]
+    return Checkpoint(QLIPConfig.from_file(folder / "config.json"), files, folder)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if index.is_file():
+        return _sharded(index)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: not a model folder (no config.json, no {WEIGHTS})")
+    pickles = [p.name for p in sorted(folder.glob("pytorch_model*.bin"))]
+    hint = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
+    raise CheckpointError(f"{folder}: no {WEIGHTS} in it{hint}")
+
+
+def _sharded(index: Path) -> list[Path]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        # Names only: an index must not lead out of its folder.
+        assert names and all(isinstance(n, str) and Path(n).name == n for n in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise CheckpointError(f"{index}: not a readable index of weight files") from None
+    for name in names:
+        if not (index.parent / name).is_file():
+            raise CheckpointError(f"{index}: names {name}, which is not there")
+    return [index.parent / name for name in names]
+
+
+# -- writing -----------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: str | Path,
+    config: QLIPConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    dtype: str = "float32",
+    tokenizer_from: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    card: str | None = None,
+) -> Path:
+    """Write a checkpoint folder in the published layout, whole or not at all.
+
+    `weights` float32 by published name, all of them; `dtype` how they are stored (float32, float16,
+    bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
+    front matter states the licence. An existing folder is replaced. Raises CheckpointError if the
+    weights do not fit the config or are not finite.
+    """
+    folder = Path(folder)
+    if problem := diff_tensors(config, {name: w.shape for name, w in weights.items()}):
+        raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
+    for name, values in weights.items():
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{folder}: not written, {name} has NaN or infinite values")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        ordered = {name: weights[name] for name in architecture(config)}
+        # transformers reads no safetensors file that does not say which framework's layout it has.
+        write_tensors(temporary / WEIGHTS, ordered, dtype=dtype, metadata={"format": "pt"})
+        (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
+        processor = (preprocessing or Preprocessing(config.image_size)).to_dict()
+        (temporary / "preprocessor_config.json").write_text(_json(processor), encoding="utf-8")
+        for name in TOKENIZER_FILES if tokenizer_from is not None else ():
+            source = Path(tokenizer_from or "") / name
+            if source.is_file():
+                shutil.copyfile(source, temporary / name)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+        _replace(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = temporary.with_suffix(".old")
+    folder.rename(old)
+    temporary.rename(folder)
+    shutil.rmtree(old)
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def select_parts(weights: Mapping[str, np.ndarray], config: QLIPConfig) -> dict[str, dict]:
+    """Weights by part: {part: {name: array}}."""
+    table = architecture(config)
+    return {p: {n: weights[n] for n, s in table.items() if s.part == p} for p in PARTS}

@@ -1,0 +1,37 @@
+"""Errors a user can cause and can mend. Each message is one line: what, where, what to do about it."""
+
+
+class QlipError(ValueError):
+    """Base of every error that qlip raises for wrong input. The command line prints it and exits 2."""
+
+
+class ConfigError(QlipError):
+    """A configuration that is unreadable, has an unknown key or describes an impossible model."""
+
+
+class CheckpointError(QlipError):
+    """Weights that are missing, damaged, of another shape, or not safetensors."""
+
+
+class ImageError(QlipError):
+    """A file or array that is not an image this package can show."""
+
+
+class TextError(QlipError):
+    """Text or token ids that the text tower cannot take."""
+
+
+class TokenFileError(QlipError):
+    """A token file that is damaged, of another version, or made by another tokenizer."""
+
+
+class BackendError(QlipError):
+    """A backend, device or dtype that is not there."""
+
+
+class DataError(QlipError):
+    """A training or evaluation set that cannot be read as asked."""
+
+
+class RecipeError(QlipError):
+    """A training recipe with an unknown key or an impossible value."""

@@ -1,0 +1,81 @@
+"""From the name of a model to files on this machine: a folder, a file, or a Hugging Face id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qlip_core.errors import CheckpointError
+
+BUNDLED = Path(__file__).parent / "models" / "emoji"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ("*.json", "*.safetensors", "merges.txt", "README.md", "LICENSE*")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
+
+
+def find_model(model: str | Path | None, revision: str | None = None) -> Path:
+    """The folder or `.safetensors` file of a model; None: the one that ships with qlip.
+
+    A hub id is fetched once and then found in the cache, also without network. Raises
+    CheckpointError for what is not there.
+    """
+    if model is None:
+        return BUNDLED
+    path = Path(model).expanduser()
+    if path.suffix in _PICKLES:
+        raise CheckpointError(
+            f"{path}: pickled weights are never loaded; convert them to safetensors"
+        )
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{path}: a revision goes with a hub id, this is a local path")
+        return path
+    name = str(model)
+    if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors":
+        return _from_hub(name, revision)
+    raise CheckpointError(f"{name}: no such folder or file, and not a hub id (owner/name)")
+
+
+def _download(name: str, revision: str | None, cache: Path | None = None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted: list[str] = list(_WANTED)
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, cache_dir=cache))
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise CheckpointError(
+            f"{name}: no such folder; to fetch it from the hub run `pip install 'qlip[hub]'`"
+        ) from None
+    try:
+        return _download(name, revision)
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(f"{name}: the hub has no revision {revision!r} of it") from None
+    except errors.GatedRepoError:
+        raise CheckpointError(
+            f"{name}: gated on the hub; accept its terms there, then run `hf auth login`"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{name}: no such folder here and no such model on the hub (or a private one: "
+            "run `hf auth login`)"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        raise CheckpointError(
+            f"{name}: not in the local cache, and the hub cannot be reached: check the network, "
+            "or give a folder"
+        ) from None
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name}: the hub download failed ({line})") from None
+
+
+def hub_id(path: Path) -> str | None:
+    """The id of a model that lies in the hub's cache, else None."""
+    for part in path.parts:
+        if part.startswith("models--"):
+            return part.removeprefix("models--").replace("--", "/")
+    return None

@@ -1,0 +1,120 @@
+"""Images in and out, with Pillow: any file a viewer shows becomes 8-bit RGB as the viewer shows it."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from qlip_core.errors import ImageError
+
+# A path, encoded bytes, a PIL image, or uint8 [H, W, 3].
+ImageLike = str | Path | bytes | Image.Image | np.ndarray
+
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
+)
+# Decoded pixels above this are taken for a bomb: 16384 x 16384, a gigabyte with its RGBA copy.
+MAX_PIXELS = 2**28
+_SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
+    """Any image as 8-bit RGB, upright, over white where it is transparent, an animation's first frame.
+
+    `name` is what messages call it (by default its path). Raises ImageError, saying whether the file
+    is absent, unreadable, not an image, cut short, or too large to decode safely.
+    """
+    if isinstance(image, np.ndarray):
+        return _from_array(image, name or "array")
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    if isinstance(image, bytes):
+        return _decode(io.BytesIO(image), name or "image data")
+    path = Path(image)
+    name = name or str(path)
+    try:
+        with path.open("rb") as file:
+            return _decode(file, name)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: is a folder, expected an image file") from None
+    except PermissionError:
+        raise ImageError(f"{name}: no permission to read it") from None
+
+
+def _decode(file: io.IOBase, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of what MAX_PIXELS judges, and of odd metadata, which does no harm.
+            warnings.simplefilter("ignore")
+            with Image.open(file) as image:  # type: ignore[arg-type]
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(
+                        f"{name}: {width}x{height} pixels, over the limit of {MAX_PIXELS}: "
+                        "a decompression bomb, or shrink it first"
+                    )
+                return to_rgb(image)
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        empty = file.seek(0, io.SEEK_END) == 0
+        raise ImageError(f"{name}: {'empty file' if empty else 'not an image'}") from None
+    except Image.DecompressionBombError:
+        raise ImageError(f"{name}: too many pixels, a decompression bomb") from None
+    except MemoryError:
+        raise ImageError(f"{name}: not enough memory to decode it") from None
+    except FileNotFoundError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        # Pillow's decoders raise all of these for damaged data.
+        raise ImageError(f"{name}: truncated or damaged image ({error})") from None
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ImageError(f"{name}: damaged image ({type(error).__name__}: {error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB as a viewer shows it: turned by EXIF, over white, 16 bits scaled to 8."""
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy() if getattr(image, "is_animated", False) else image
+    if image.mode in _SIXTEEN_BIT:
+        values = np.asarray(image).astype(np.int64)
+        if values.max(initial=0) > 255 or image.mode != "I":
+            values = values // 257 if values.max(initial=0) <= 65535 else values >> 24
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        values = np.nan_to_num(np.asarray(image))
+        if values.max(initial=0) <= 1:
+            values = values * 255
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise ImageError(f"{name}: expected uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    return Image.fromarray(array)
+
+
+def find_images(folder: str | Path) -> list[Path]:
+    """Image files below a folder, sorted by path. Hidden files and folders are left out."""
+    folder = Path(folder)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )

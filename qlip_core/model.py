@@ -1,0 +1,320 @@
+"""The public model: images and texts in, tokens, pictures, embeddings and probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from qlip_core import bsq
+from qlip_core.backends import Network, check_dtype, choose_device, get_backend
+from qlip_core.checkpoint import Checkpoint, open_checkpoint
+from qlip_core.errors import QlipError, TextError, TokenFileError
+from qlip_core.images import ImageLike
+from qlip_core.loading import DEFAULT_BATCH, OnError, pixel_batches, slices
+from qlip_core.text import check_ids
+from qlip_core.tokens import VisualTokens
+
+Images = ImageLike | Sequence[ImageLike] | np.ndarray
+Texts = str | Sequence[str] | np.ndarray
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> Model:
+    """Load a model: a folder, a `.safetensors` file beside its config, a hub id, or (None) the bundled one.
+
+    `backend` is auto, torch, mlx or numpy; `device` and `dtype` are the backend's (`qlip doctor`
+    lists them). Reads headers only: each part's weights are loaded when first used. Raises
+    BackendError, ConfigError or CheckpointError.
+    """
+    chosen = get_backend(backend)
+    where = choose_device(chosen, device)
+    check_dtype(chosen, dtype)
+    checkpoint = open_checkpoint(model, revision)
+    network = chosen.network(checkpoint.config, checkpoint, device=where, dtype=dtype)
+    return Model(checkpoint, network, chosen.name)
+
+
+class Model:
+    """A loaded QLIP. Arrays are numpy; images are paths, encoded bytes, PIL images or uint8 [H,W,3]
+    arrays, one or a sequence, or a float32 [B,3,S,S] array of pixels that are already preprocessed.
+
+    All methods cut their input to `batch_size`, so any number of images runs in bounded memory.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, network: Network, backend: str) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.network = network
+        self.backend = backend
+        self.device = network.device
+        self.dtype = network.dtype
+        self.preprocessing = checkpoint.preprocessing
+
+    @property
+    def fingerprint(self) -> str:
+        """What token files call this tokenizer."""
+        return self.checkpoint.fingerprint
+
+    # -- images to tokens and back -----------------------------------------------------------
+
+    def preprocess(self, images: Images) -> np.ndarray:
+        """float32 [B, 3, S, S], normalised: CLIPImageProcessor's preprocessing (SPEC section 2)."""
+        return self._gather(images, lambda pixels: pixels, DEFAULT_BATCH, self._pixel_shape)
+
+    def latents(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
+        """float32 [B, N, L]: the unit vectors u before the sign (SPEC 1.3)."""
+        shape = (self.config.num_patches, self.config.code_dim)
+        return self._gather(images, self.network.latents, batch_size, shape)
+
+    def encode(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> VisualTokens:
+        """Images to VisualTokens, named by their paths where they have one."""
+        sequence = as_sequence(images)
+        batches = [tokens for _, tokens in self.encode_batches(sequence, batch_size=batch_size)]
+        tokens = VisualTokens.concatenate(batches or [self._no_tokens()])
+        if isinstance(sequence, list) and all(isinstance(i, str | Path) for i in sequence):
+            names = tuple(str(i) for i in sequence)
+            return VisualTokens(tokens.packed, tokens.length, tokens.grid, tokens.model, names)
+        return tokens
+
+    def encode_batches(
+        self,
+        images: Sequence[ImageLike] | np.ndarray,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        on_error: OnError | None = None,
+    ) -> Iterator[tuple[list[int], VisualTokens]]:
+        """Yield (positions, tokens) batch by batch, as they are ready.
+
+        With `on_error` an image that cannot be read is handed to it and left out.
+        """
+        if not self.config.quantizes:
+            raise QlipError(
+                'this checkpoint has quantizer "none", so its images have no bits; '
+                "use latents() or reconstruct()"
+            )
+        for positions, pixels in self.batches(images, batch_size, on_error):
+            packed = bsq.pack(self.network.encode(pixels))
+            grid = self.config.grid
+            yield positions, VisualTokens(packed, self.config.code_dim, grid, self.fingerprint)
+
+    def decode(
+        self,
+        tokens: VisualTokens,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        any_model: bool = False,
+    ) -> np.ndarray:
+        """Tokens to pictures: uint8 [B, S, S, 3].
+
+        Raises TokenFileError for tokens of another tokenizer (`any_model` decodes them all the same,
+        where the sizes fit).
+        """
+        size = self.config.image_size
+        out = np.empty((len(tokens), size, size, 3), np.uint8)
+        for start, pixels in self._decoded(tokens, batch_size, any_model):
+            out[start : start + len(pixels)] = self.preprocessing.to_images(pixels)
+        return out
+
+    def decode_pixels(
+        self,
+        tokens: VisualTokens,
+        *,
+        batch_size: int = DEFAULT_BATCH,
+        any_model: bool = False,
+    ) -> np.ndarray:
+        """Tokens to the decoder's own output: float32 [B, 3, S, S], normalised space, unclipped."""
+        out = np.empty((len(tokens), *self._pixel_shape), np.float32)
+        for start, pixels in self._decoded(tokens, batch_size, any_model):
+            out[start : start + len(pixels)] = pixels
+        return out
+
+    def reconstruct(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
+        """Images through the bottleneck and back: uint8 [B, S, S, 3]; works with quantizer "none"."""
+
+        def through(pixels: np.ndarray) -> np.ndarray:
+            u = self.network.latents(pixels)
+            codes = bsq.bits_to_codes(bsq.quantize(u)) if self.config.quantizes else u
+            return self.preprocessing.to_images(self.network.decode(codes))
+
+        size = self.config.image_size
+        return self._gather(images, through, batch_size, (size, size, 3), np.uint8)
+
+    # -- meaning -----------------------------------------------------------------------------
+
+    def embed_images(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
+        """float32 [B, projection_dim], unit length."""
+        shape = (self.config.projection_dim,)
+        return _unit(self._gather(images, self.network.embed_images, batch_size, shape))
+
+    def embed_texts(self, texts: Texts, *, batch_size: int = 4 * DEFAULT_BATCH) -> np.ndarray:
+        """float32 [B, projection_dim], unit length. Strings, or token ids int [B, T].
+
+        Raises TextError for strings where the checkpoint has no tokenizer, or ids out of range.
+        """
+        if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
+            ids = check_ids(texts, self.config.text_config)
+        else:
+            ids = self.tokenize(texts)
+        rows = [self.network.embed_texts(batch) for batch in slices(ids, batch_size)]
+        return _unit(np.concatenate([*rows, np.empty((0, self.config.projection_dim), np.float32)]))
+
+    def tokenize(self, texts: Texts) -> np.ndarray:
+        """int64 [B, max_position_embeddings]: start token, text, end token, padding."""
+        if self.checkpoint.tokenizer is None:
+            raise TextError(
+                f"{self.checkpoint.folder}: no tokenizer files (tokenizer.json, or vocab.json and "
+                "merges.txt), so it takes token ids only, not strings"
+            )
+        return self.checkpoint.tokenizer([texts] if isinstance(texts, str) else list(texts))
+
+    def similarity(
+        self, images: Images, texts: Texts, *, batch_size: int = DEFAULT_BATCH
+    ) -> np.ndarray:
+        """Logits float32 [B, T]: exp(logit_scale) times the cosine."""
+        image = self.embed_images(images, batch_size=batch_size)
+        return self.logit_scale * image @ self.embed_texts(texts).T
+
+    def classify(
+        self,
+        images: Images,
+        labels: Sequence[str],
+        *,
+        templates: Sequence[str] = ("{}",),
+        batch_size: int = DEFAULT_BATCH,
+    ) -> np.ndarray:
+        """Probabilities float32 [B, T] over `labels`, rows sum to 1.
+
+        A label's embedding is the mean over `templates` ("a photo of {}"), brought to unit length.
+        """
+        classes = self.embed_labels(labels, templates)
+        logits = self.logit_scale * self.embed_images(images, batch_size=batch_size) @ classes.T
+        odds = np.exp(logits - logits.max(-1, keepdims=True))
+        return odds / odds.sum(-1, keepdims=True)
+
+    def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
+        """float32 [T, projection_dim]: each label in all templates, averaged, unit length."""
+        if isinstance(labels, str) or not len(labels):
+            raise TextError("labels must be a non-empty list of strings")
+        for template in templates:
+            if "{}" not in template:
+                raise TextError(f'template "{template}" has no {{}} for the label to stand in')
+        if not templates:
+            raise TextError("templates must not be empty")
+        texts = [template.replace("{}", label) for label in labels for template in templates]
+        embedded = self.embed_texts(texts).reshape(len(labels), len(templates), -1)
+        return _unit(embedded.mean(1))
+
+    @property
+    def logit_scale(self) -> np.float32:
+        """exp of the stored logit_scale: what cosines are multiplied by."""
+        return np.exp(np.float32(self.checkpoint.tensor("logit_scale")))
+
+    def hidden_states(
+        self, images: Images, layer: int = -2, *, batch_size: int = DEFAULT_BATCH
+    ) -> np.ndarray:
+        """float32 [B, N+1, D], CLS first: the encoder after `layer` layers, 0 being its input and -1
+        the last; LLaVA takes -2."""
+        layers = self.config.vision_config.num_hidden_layers
+        if not -layers - 1 <= layer <= layers:
+            raise ValueError(f"layer {layer}: the encoder has states {-layers - 1} to {layers}")
+        index = layer % (layers + 1)
+        shape = (self.config.num_patches + 1, self.config.vision_config.hidden_size)
+        return self._gather(
+            images, lambda pixels: self.network.hidden_states(pixels, index), batch_size, shape
+        )
+
+    # -- batches -----------------------------------------------------------------------------
+
+    def batches(
+        self,
+        images: Sequence[ImageLike] | np.ndarray,
+        batch_size: int = DEFAULT_BATCH,
+        on_error: OnError | None = None,
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """Yield (positions, pixels float32 [b, 3, S, S]); images load while the model works."""
+        if isinstance(images, np.ndarray):
+            start = 0
+            for pixels in slices(self._check_pixels(images), batch_size):
+                yield list(range(start, start + len(pixels))), pixels
+                start += len(pixels)
+        else:
+            yield from pixel_batches(
+                images, self.preprocessing, batch_size=batch_size, on_error=on_error
+            )
+
+    @property
+    def _pixel_shape(self) -> tuple[int, int, int]:
+        return 3, self.config.image_size, self.config.image_size
+
+    def _gather(
+        self,
+        images: Images,
+        compute: Callable[[np.ndarray], np.ndarray],
+        batch_size: int,
+        shape: tuple[int, ...],
+        dtype: type = np.float32,
+    ) -> np.ndarray:
+        sequence = as_sequence(images)
+        out = np.empty((len(sequence), *shape), dtype)
+        for positions, pixels in self.batches(sequence, batch_size):
+            out[positions[0] : positions[-1] + 1] = compute(pixels)
+        return out
+
+    def _decoded(
+        self, tokens: VisualTokens, batch_size: int, any_model: bool
+    ) -> Iterable[tuple[int, np.ndarray]]:
+        config = self.config
+        if not config.quantizes or (tokens.length, tokens.grid) != (config.code_dim, config.grid):
+            bits = f"{config.code_dim} bits" if config.quantizes else "no bits"
+            raise TokenFileError(
+                f"tokens of {tokens.length} bits on a {tokens.grid[0]}x{tokens.grid[1]} grid do not "
+                f"fit this model: {bits} on {config.grid[0]}x{config.grid[1]}"
+            )
+        if tokens.model and tokens.model != self.fingerprint and not any_model:
+            raise TokenFileError(
+                f"these tokens were made by another tokenizer ({tokens.model}, this one is "
+                f"{self.fingerprint}): load that model, or ask to decode with any (--any-model)"
+            )
+        for start in range(0, len(tokens), batch_size):
+            codes = bsq.bits_to_codes(tokens[start : start + batch_size].bits)
+            yield start, self.network.decode(codes)
+
+    def _no_tokens(self) -> VisualTokens:
+        config = self.config
+        row = (config.num_patches * config.code_dim + 7) // 8
+        empty = np.empty((0, row), np.uint8)
+        return VisualTokens(empty, config.code_dim, config.grid, self.fingerprint)
+
+    def _check_pixels(self, pixels: np.ndarray) -> np.ndarray:
+        if pixels.dtype != np.float32 or pixels.ndim != 4 or pixels.shape[1:] != self._pixel_shape:
+            raise QlipError(
+                f"pixels are {pixels.dtype} {list(pixels.shape)}; expected preprocessed float32 "
+                f"[B, {', '.join(map(str, self._pixel_shape))}], or uint8 [H, W, 3] images"
+            )
+        if not np.isfinite(pixels).all():
+            raise QlipError("pixels have NaN or infinite values")
+        return pixels
+
+
+def as_sequence(images: Images) -> list[ImageLike] | np.ndarray:
+    """A list of images; a preprocessed float array stays one."""
+    if isinstance(images, np.ndarray):
+        if images.dtype == np.uint8:
+            return [images] if images.ndim == 3 else list(images)
+        return images
+    if isinstance(images, str | Path | bytes | Image.Image):
+        return [images]
+    return list(images)
+
+
+def _unit(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.float32(1e-12))

@@ -1,0 +1,200 @@
+"""Safetensors files, read by mapping: the header is checked in full before any tensor is touched.
+
+The `safetensors` package's numpy side knows no bfloat16, and its low-level writer changes between
+versions; the format is simple enough that reading and writing it stand here, tested against it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import mmap
+import os
+import struct
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from qlip_core.errors import CheckpointError
+
+# Stored type -> numpy type of the bytes. bfloat16 is the upper half of a float32.
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+FLOATS = ("F64", "F32", "F16", "BF16")
+_MAX_HEADER = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A line of the header: stored type, shape, and where the bytes lie in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFile:
+    """One `.safetensors` file. Raises CheckpointError if it is not whole or not safetensors."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.entries, self.metadata = _read_header(file.read(8), file, size, self.path)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def raw(self, name: str) -> np.ndarray:
+        """The stored values, without a copy (bfloat16 as uint16)."""
+        entry = self.entries[name]
+        flat = np.frombuffer(
+            self._map, DTYPES[entry.dtype], math.prod(entry.shape), offset=entry.start
+        )
+        return flat.reshape(entry.shape)
+
+    def float32(self, name: str) -> np.ndarray:
+        """The values as float32; a read-only view where they are stored so."""
+        entry = self.entries[name]
+        return as_float32(self.raw(name), entry.dtype, f"{self.path}: tensor {name}")
+
+
+def as_float32(raw: np.ndarray, dtype: str, where: str) -> np.ndarray:
+    if dtype not in FLOATS:
+        raise CheckpointError(f"{where} is stored as {dtype}, expected floating point")
+    if dtype == "BF16":
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    return raw.astype(np.float32, copy=False)
+
+
+def to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """float32 -> the upper halves as uint16, rounded to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a safetensors file, whole or not at all (temporary file, then rename).
+
+    `dtype` stores all tensors as float32, float16 or bfloat16; None keeps each array's own type.
+    One tensor is converted at a time, so a large model needs no second copy in memory.
+    """
+    stored = {name: _stored_as(name, values, dtype) for name, values in tensors.items()}
+    # Wide types first keeps every tensor aligned to its own size; the format asks for no padding.
+    order = sorted(stored, key=lambda name: (-DTYPES[stored[name]].itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].size * DTYPES[stored[name]].itemsize
+        shape = list(tensors[name].shape)
+        header[name] = {"dtype": stored[name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(Path(path)) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            values = tensors[name]
+            if stored[name] == "BF16":
+                raw = to_bfloat16(values)
+            else:
+                raw = np.ascontiguousarray(values, DTYPES[stored[name]])
+            file.write(raw.data)
+
+
+def _stored_as(name: str, values: np.ndarray, dtype: str | None) -> str:
+    names = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int64": "I64"}
+    kind = dtype or values.dtype.name
+    if kind not in names:
+        raise CheckpointError(f"tensor {name}: type {kind} cannot be written")
+    return names[kind]
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# -- the header --------------------------------------------------------------------------------
+
+
+def _read_header(
+    prefix: bytes, file: BinaryIO, size: int, path: Path
+) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    if looks_like_pickle(prefix):
+        raise CheckpointError(
+            f"{path}: this is a pickle or a torch archive, not safetensors; pickles are never loaded"
+        )
+    if len(prefix) < 8:
+        raise CheckpointError(f"{path}: only {size} bytes long, not a safetensors file")
+    (length,) = struct.unpack("<Q", prefix)
+    if length > min(_MAX_HEADER, size - 8):
+        raise CheckpointError(
+            f"{path}: not a safetensors file, or cut short (header of {length} bytes, file of {size})"
+        )
+    try:
+        header = json.loads(file.read(length))
+        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
+        entries = {name: _entry(value, 8 + length) for name, value in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise CheckpointError(f"{path}: the safetensors header is damaged") from None
+    end = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has the unsupported type {entry.dtype}")
+        bytes_needed = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize
+        if entry.start != end or entry.end - entry.start != bytes_needed:
+            raise CheckpointError(
+                f"{path}: tensor {name} claims bytes {entry.start} to {entry.end}, "
+                f"which its shape {list(entry.shape)} does not fill: damaged header"
+            )
+        end = entry.end
+    if end != size:
+        raise CheckpointError(
+            f"{path}: the header describes {end} bytes, the file has {size}: cut short or damaged; "
+            "fetch or copy it again"
+        )
+    return entries, metadata
+
+
+def _entry(value: dict, base: int) -> TensorEntry:
+    shape, (start, end) = value["shape"], value["data_offsets"]
+    if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+        raise ValueError
+    return TensorEntry(str(value["dtype"]), tuple(shape), base + start, base + end)
+
+
+def looks_like_pickle(prefix: bytes) -> bool:
+    """A raw pickle (protocol 2 and later) or a zip, which is what torch.save writes."""
+    return (prefix[:1] == b"\x80" and prefix[1:2] in b"\x02\x03\x04\x05") or prefix[
+        :4
+    ] == b"PK\x03\x04"

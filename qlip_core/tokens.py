@@ -1,0 +1,203 @@
+"""Visual tokens of images, and the `.qlip` file that holds them.
+
+A token file is a safetensors file, so any tool opens it: tensor `bits` uint8 [B, ceil(N*L/8)], each
+image's bits patch by patch, most significant first, padded with zeros; metadata in strings.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from qlip_core import bsq
+from qlip_core.errors import CheckpointError, TokenFileError
+from qlip_core.tensorfile import TensorFile, write_tensors
+
+FORMAT, VERSION = "qlip-tokens", "1"
+
+
+@dataclass(frozen=True, eq=False)
+class VisualTokens:
+    """Codes of B images on a grid of h x w patches (N = h*w), L bits a patch. Packed in memory.
+
+    `model` is the fingerprint of the tokenizer that wrote them (empty: made in memory, decodes with
+    any), `names` what the images were called (empty, or one each).
+    """
+
+    packed: np.ndarray
+    length: int
+    grid: tuple[int, int]
+    model: str = ""
+    names: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        h, w = self.grid
+        if h < 1 or w < 1:
+            raise ValueError(f"a grid of {h}x{w} patches is empty")
+        if self.length < 1:
+            raise ValueError(f"{self.length} bits a patch: expected at least 1")
+        row = (h * w * self.length + 7) // 8
+        if self.packed.dtype != np.uint8 or self.packed.ndim != 2 or self.packed.shape[1] != row:
+            raise ValueError(
+                f"packed bits are {self.packed.dtype} {list(self.packed.shape)}, expected uint8 "
+                f"[B, {row}] for {h}x{w} patches of {self.length} bits"
+            )
+        if self.names and len(self.names) != len(self.packed):
+            raise ValueError(f"{len(self.names)} names for {len(self.packed)} images")
+
+    # -- made from ---------------------------------------------------------------------------
+
+    @classmethod
+    def from_bits(cls, bits: np.ndarray, grid: tuple[int, int]) -> VisualTokens:
+        """From bits 0/1 (any integer or bool type) [B, N, L]."""
+        bits = np.asarray(bits)
+        if bits.ndim != 3 or bits.shape[1] != grid[0] * grid[1]:
+            raise ValueError(
+                f"bits are {list(bits.shape)}, expected [B, {grid[0] * grid[1]}, L] "
+                f"for a grid of {grid[0]}x{grid[1]}"
+            )
+        if bits.dtype.kind not in "biu" or not np.isin(bits, (0, 1)).all():
+            raise ValueError(f"bits must be 0 or 1 as integers or booleans, got {bits.dtype}")
+        return cls(bsq.pack(bits.astype(np.uint8)), bits.shape[2], (grid[0], grid[1]))
+
+    @classmethod
+    def from_indices(cls, indices: np.ndarray, length: int, grid: tuple[int, int]) -> VisualTokens:
+        """From one integer of L = `length` bits a patch: [B, N]."""
+        return cls.from_bits(bsq.integers_to_bits(np.asarray(indices)[..., None], length), grid)
+
+    @classmethod
+    def from_groups(cls, groups: np.ndarray, size: int, grid: tuple[int, int]) -> VisualTokens:
+        """From sub-tokens of `size` bits: [B, N, L/size]."""
+        return cls.from_bits(bsq.integers_to_bits(groups, size), grid)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[VisualTokens]) -> VisualTokens:
+        """All images of several, in order. Raises ValueError if they are of different tokenizers."""
+        if not parts:
+            raise ValueError("nothing to concatenate: an empty sequence has no grid")
+        first = parts[0]
+        for part in parts:
+            if (part.length, part.grid) != (first.length, first.grid):
+                raise ValueError(
+                    f"cannot join {part.length} bits on {part.grid} to {first.length} bits on "
+                    f"{first.grid}"
+                )
+        models = {part.model for part in parts if part.model}
+        if len(models) > 1:
+            raise ValueError(f"cannot join tokens of different tokenizers: {sorted(models)}")
+        named = all(part.names or not len(part) for part in parts)
+        return cls(
+            np.concatenate([part.packed for part in parts]),
+            first.length,
+            first.grid,
+            models.pop() if models else "",
+            tuple(name for part in parts for name in part.names) if named else (),
+        )
+
+    # -- seen as -----------------------------------------------------------------------------
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def bits(self) -> np.ndarray:
+        """uint8 0/1 [B, N, L], unpacked anew at each access."""
+        return bsq.unpack(self.packed, self.num_patches, self.length)
+
+    def indices(self) -> np.ndarray:
+        """int64 [B, N], exact for L up to 62; ValueError above."""
+        return bsq.bits_to_integers(self.bits, self.length)[..., 0]
+
+    def groups(self, size: int | None = None) -> np.ndarray:
+        """Sub-tokens of `size` bits, int64 [B, N, L/size]; None: 14 if that divides L, else L."""
+        if size is None:
+            size = 14 if self.length % 14 == 0 else self.length
+        return bsq.bits_to_integers(self.bits, size)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> VisualTokens:
+        """Some of the images; an integer gives one image, still as a batch."""
+        if isinstance(key, int | np.integer):
+            if not -len(self) <= key < len(self):
+                raise IndexError(f"image {key} of {len(self)}")
+            key = [int(key)]
+        rows = np.arange(len(self))[key]
+        names = tuple(self.names[i] for i in rows) if self.names else ()
+        return replace(self, packed=self.packed[rows], names=names)
+
+    def __iter__(self) -> Iterator[VisualTokens]:
+        return (self[i] for i in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        """Same codes on the same grid; names and model do not count."""
+        if not isinstance(other, VisualTokens):
+            return NotImplemented
+        same = (self.length, self.grid) == (other.length, other.grid)
+        return same and np.array_equal(self.packed, other.packed)
+
+    # -- on disk -----------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.qlip` file, whole or not at all."""
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "length": str(self.length),
+            "grid": f"{self.grid[0]}x{self.grid[1]}",
+            "model": self.model,
+            "names": json.dumps(list(self.names)),
+        }
+        write_tensors(path, {"bits": self.packed}, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> VisualTokens:
+        """Read a `.qlip` file.
+
+        Raises TokenFileError if it is damaged, not a token file, or of another version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise TokenFileError(f"{path}: no such token file")
+        try:
+            file = TensorFile(path)
+        except CheckpointError as error:
+            message = str(error).replace("safetensors file", "token file")
+            raise TokenFileError(f"{message} (expected a .qlip token file)") from None
+        meta = file.metadata
+        if meta.get("format") != FORMAT:
+            raise TokenFileError(
+                f"{path}: a safetensors file, but not of tokens "
+                f'(format is {meta.get("format")!r}, expected "{FORMAT}")'
+            )
+        if meta.get("version") != VERSION:
+            raise TokenFileError(
+                f"{path}: token file version {meta.get('version')!r}, this qlip reads {VERSION}: "
+                "upgrade qlip"
+            )
+        return cls._parse(path, file)
+
+    @classmethod
+    def _parse(cls, path: Path, file: TensorFile) -> VisualTokens:
+        meta, entry = file.metadata, file.entries.get("bits")
+        try:
+            length = int(meta["length"])
+            match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", meta["grid"])
+            assert match is not None
+            grid = int(match[1]), int(match[2])
+            names = json.loads(meta.get("names", "[]"))
+            assert isinstance(names, list) and all(isinstance(n, str) for n in names)
+            assert entry is not None and entry.dtype == "U8" and len(entry.shape) == 2
+            packed = file.raw("bits").copy()
+            return cls(packed, length, grid, meta.get("model", ""), tuple(names))
+        except (KeyError, ValueError, AssertionError) as error:
+            reason = f" ({error})" if str(error) else ""
+            raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None
