@@ -20,6 +20,11 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
     CheckpointError for what is not there.
     """
     if model is None:
+        if not BUNDLED.is_dir():
+            raise CheckpointError(
+                "no model named, and none ships with this build of qlip: name a folder or a hub id, "
+                "such as nvidia/QLIP-B-16-256"
+            )
         return BUNDLED
     path = Path(model).expanduser()
     if path.suffix in _PICKLES:

@@ -47,6 +47,8 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
         raise ImageError(f"{name}: is a folder, expected an image file") from None
     except PermissionError:
         raise ImageError(f"{name}: no permission to read it") from None
+    except OSError as error:  # a name that is too long, a circle of links, a disk that fails
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from None
 
 
 def _decode(file: io.IOBase, name: str) -> Image.Image:

@@ -197,8 +197,7 @@ class Model:
         """
         classes = self.embed_labels(labels, templates)
         logits = self.logit_scale * self.embed_images(images, batch_size=batch_size) @ classes.T
-        odds = np.exp(logits - logits.max(-1, keepdims=True))
-        return odds / odds.sum(-1, keepdims=True)
+        return softmax(logits)
 
     def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
         """float32 [T, projection_dim]: each label in all templates, averaged, unit length."""
@@ -314,6 +313,12 @@ def as_sequence(images: Images) -> list[ImageLike] | np.ndarray:
     if isinstance(images, str | Path | bytes | Image.Image):
         return [images]
     return list(images)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Logits [..., T] -> probabilities that sum to 1 over the last axis."""
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    return odds / odds.sum(-1, keepdims=True)
 
 
 def _unit(x: np.ndarray) -> np.ndarray:

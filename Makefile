@@ -1,0 +1,38 @@
+# `make demo` and `make test` each set up all they need in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test lint types check clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# What running a model takes: MLX, which is small and fast to install.
+$(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[mlx]'
+	touch $@
+
+# All of it: both backends, training, tests.
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[mlx,dev]'
+	touch $@ $(VENV)/.demo
+
+demo: $(VENV)/.demo
+	@BIN=$(BIN) sh docs/demo.sh
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint types test
+
+clean:
+	rm -rf $(VENV) demo-out

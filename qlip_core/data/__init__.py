@@ -1,0 +1,1 @@
+"""Picture-and-caption sets, and what reads and writes them."""

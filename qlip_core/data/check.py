@@ -1,0 +1,186 @@
+"""Read a set through as training would, decode every image, and say what is in it and what is broken."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from qlip_core.data.draws import stable_hash
+from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Sample, Tally
+from qlip_core.data.shards import AnySource, FolderSource, iter_samples, open_source
+from qlip_core.errors import ImageError
+from qlip_core.images import open_image
+
+# Keys are remembered as 64-bit hashes, 100 MB of them at most; later keys are held against these.
+MAX_KEYS = 1_000_000
+_EXAMPLES = 10
+
+
+@dataclass
+class Spread:
+    """Whole numbers seen, counted by value: exact order statistics in memory bounded by their range."""
+
+    counts: Counter[int] = field(default_factory=Counter)
+
+    def add(self, value: int) -> None:
+        self.counts[value] += 1
+
+    def to_dict(self) -> dict[str, int] | None:
+        """{"min", "median", "max"}, the median being the lower one of two; None where nothing was seen."""
+        if not self.counts:
+            return None
+        left = (self.counts.total() + 1) // 2
+        values = sorted(self.counts)
+        for median in values:
+            left -= self.counts[median]
+            if left <= 0:
+                return {"min": values[0], "median": median, "max": values[-1]}
+        raise AssertionError("counts are positive")
+
+
+@dataclass
+class Report:
+    """What `check` found. Sizes in pixels, lengths in characters and words, bytes as stored."""
+
+    location: str
+    kind: str
+    shards: int | None
+    samples: int = 0
+    image_bytes: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    width: Spread = field(default_factory=Spread)
+    height: Spread = field(default_factory=Spread)
+    caption_characters: Spread = field(default_factory=Spread)
+    caption_words: Spread = field(default_factory=Spread)
+    broken: Tally = field(default_factory=lambda: Tally(keep=1000))
+    duplicates: int = 0
+    duplicate_examples: list[str] = field(default_factory=list)
+    keys_checked: int = 0
+
+    @property
+    def good(self) -> int:
+        """Samples that training will use."""
+        return self.samples - self.broken.total
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in JSON types."""
+        return {
+            "location": self.location,
+            "kind": self.kind,
+            "shards": self.shards,
+            "samples": self.samples,
+            "good": self.good,
+            "image_bytes": self.image_bytes,
+            "formats": dict(sorted(self.formats.items())),
+            "width": self.width.to_dict(),
+            "height": self.height.to_dict(),
+            "caption_characters": self.caption_characters.to_dict(),
+            "caption_words": self.caption_words.to_dict(),
+            "broken": self.broken.to_dict(),
+            "duplicate_keys": {
+                "count": self.duplicates,
+                "examples": list(self.duplicate_examples),
+                "keys_remembered": self.keys_checked,
+            },
+        }
+
+    def lines(self) -> list[str]:
+        """The report as text, a fact a line."""
+        shards = "" if self.shards is None else f" in {_many(self.shards, 'shard')}"
+        out = [
+            f"{self.location}: {self.kind}{shards}",
+            f"samples     {self.samples}, good {self.good}, broken {self.broken.total}",
+            f"images      {_bytes(self.image_bytes)}, "
+            + (", ".join(f"{k} {n}" for k, n in self.formats.most_common()) or "none"),
+        ]
+        for name, spread, unit in (
+            ("width", self.width, "px"),
+            ("height", self.height, "px"),
+            ("captions", self.caption_characters, "characters"),
+            ("", self.caption_words, "words"),
+        ):
+            if found := spread.to_dict():
+                out.append(
+                    f"{name:<11} {found['min']} to {found['max']} {unit}, median {found['median']}"
+                )
+        beyond = self.samples > self.keys_checked + self.duplicates
+        within = f" (against the first {self.keys_checked} keys)" if beyond else ""
+        named = f": {', '.join(self.duplicate_examples)}" if self.duplicates else ""
+        out.append(f"duplicates  {_many(self.duplicates, 'key')} seen before{within}{named}")
+        for reason, count in sorted(self.broken.counts.items(), key=lambda item: -item[1]):
+            out.append(f"broken      {reason}: {count}")
+        out += [f"  {name}" for name in self.broken.named]
+        unnamed = self.broken.total - len(self.broken.named)
+        if unnamed:
+            out.append(f"  and {unnamed} more")
+        return out
+
+
+def check(
+    source: AnySource | str,
+    *,
+    limits: Limits | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Report:
+    """Read all of `source` (a location, or one that is open) and decode every image.
+
+    `progress` is called with the number of samples after each. Memory does not grow with the set beyond the
+    keys' hashes (see `MAX_KEYS`). Raises DataError where the set is not there or cannot be read at all.
+    """
+    if isinstance(source, str):
+        source = open_source(source, limits)
+    shards = None if isinstance(source, FolderSource) else len(source.shards)
+    report = Report(source.location, source.kind, shards)
+    seen: set[int] = set()
+    for item in iter_samples(source):
+        report.samples += 1
+        if not isinstance(item, Bad) or item.reason != "broken archive":
+            _note_key(report, seen, item.key)
+        if isinstance(item, Bad):
+            report.broken.add(item)
+        else:
+            _note_sample(report, item, source.location)
+        if progress is not None:
+            progress(report.samples)
+    return report
+
+
+def _note_sample(report: Report, sample: Sample, location: str) -> None:
+    try:
+        image = open_image(sample.image_bytes, sample.key)
+    except ImageError as error:
+        detail = str(error).removeprefix(f"{sample.key}: ")
+        report.broken.add(Bad(sample.key, location, BROKEN_IMAGE, detail))
+        return
+    with Image.open(io.BytesIO(sample.image_bytes)) as header:
+        report.formats[(header.format or "unknown").lower()] += 1
+    report.image_bytes += len(sample.image_bytes)
+    report.width.add(image.width)
+    report.height.add(image.height)
+    report.caption_characters.add(len(sample.caption))
+    report.caption_words.add(len(sample.caption.split()))
+
+
+def _note_key(report: Report, seen: set[int], key: str) -> None:
+    mark = stable_hash(key)
+    if mark in seen:
+        report.duplicates += 1
+        if len(report.duplicate_examples) < _EXAMPLES:
+            report.duplicate_examples.append(key)
+    elif len(seen) < MAX_KEYS:
+        seen.add(mark)
+        report.keys_checked = len(seen)
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def _bytes(count: int) -> str:
+    power = min(max(len(str(count)) - 1, 0) // 3, 4)
+    return f"{count / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -1,0 +1,193 @@
+"""From what a user writes for a set of files to the list of files, and from a file's address to its bytes.
+
+Addresses: local paths, http(s), and whatever WebDataset (`pipe:`, gs, hf, ais, …) and fsspec (s3, …) open.
+A `pipe:` address is a shell command that runs as the user: as in WebDataset, it is there for those who write
+their own recipes.
+"""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlip_core.errors import DataError
+
+_SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):(?=//)|^(pipe):")
+_BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)\Z")
+_GLOB = re.compile(r"[*?\[]")
+# What webdataset's own openers serve; all other schemes are fsspec's.
+_WEBDATASET = frozenset({"pipe", "http", "https", "sftp", "ftps", "scp", "gs", "htgs", "hf", "ais"})
+MAX_FILES = 1_000_000
+
+
+class ByteStream(Protocol):
+    """What is read from: forward only."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+def scheme(address: str) -> str:
+    """ "http", "s3", "pipe", …, or "" for a local path."""
+    found = _SCHEME.match(address)
+    name = (found.group(1) or found.group(2)).lower() if found else ""
+    return "" if name == "file" else name
+
+
+def local_path(address: str) -> Path:
+    """The path of a local address, `file://` taken off."""
+    return Path(re.sub(r"^file://", "", address))
+
+
+def expand(location: str) -> list[str]:
+    """Every address that `location` stands for, in order: braces first, then wildcards, sorted.
+
+    Raises DataError where a path is not there or a wildcard matches nothing.
+    """
+    if not scheme(location) and local_path(location).exists():
+        return [location]
+    out: list[str] = []
+    addresses = [location] if scheme(location) == "pipe" else expand_braces(location)
+    for address in addresses:
+        kind = scheme(address)
+        if kind:
+            wild = _GLOB.search(address) and kind not in _WEBDATASET
+            out += _remote_glob(address) if wild else [address]
+            continue
+        path = local_path(address)
+        if path.exists():
+            out.append(address)
+        elif _GLOB.search(str(path)):
+            found = sorted(glob.glob(str(path), recursive=True))
+            if not found:
+                raise DataError(f"{address}: no file matches")
+            out += found
+        else:
+            raise DataError(f"{address}: no such file or folder")
+    return out
+
+
+def expand_braces(text: str) -> list[str]:
+    """ "a{00..02}b{x,y}" -> 6 strings, the last brace running fastest. Numbers keep their zeros."""
+    pieces = _BRACES.split(text)
+    # split() alternates what is outside and inside the braces.
+    choices = [[p] if i % 2 == 0 else _choices(p, text) for i, p in enumerate(pieces)]
+    total = 1
+    for options in choices:
+        total *= len(options)
+    if total > MAX_FILES:
+        raise DataError(f"{text}: stands for {total} files, over the limit of {MAX_FILES}")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def _choices(inside: str, text: str) -> list[str]:
+    numbers = _RANGE.match(inside)
+    if not numbers:
+        if ".." in inside:
+            raise DataError(f"{text}: {{{inside}}} is no range of numbers such as {{000..099}}")
+        return inside.split(",")
+    first, last = numbers.groups()
+    if abs(int(last) - int(first)) >= MAX_FILES:
+        raise DataError(f"{text}: {{{inside}}} is over the limit of {MAX_FILES} files")
+    padded = any(len(n.lstrip("-")) > 1 and n.lstrip("-")[0] == "0" for n in (first, last))
+    width = max(len(first), len(last)) if padded else 0
+    step = 1 if int(first) <= int(last) else -1
+    return [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
+
+
+@contextmanager
+def opened(address: str) -> Iterator[ByteStream]:
+    """The bytes of `address` as a stream; for a local file one that can seek.
+
+    Raises DataError where an extra is missing. What fails on the way, the end of a transfer included, is an
+    OSError: a cut connection must never pass for the end of a file.
+    """
+    kind = scheme(address)
+    if not kind:
+        with local_path(address).open("rb") as file:
+            yield file
+    elif kind in _WEBDATASET and (kind not in ("http", "https") or shutil.which("curl")):
+        pipe = _webdataset_open(address)
+        try:
+            yield _Checked(pipe)
+        finally:
+            # Where reading stopped early the command still runs, and how it ends does not matter.
+            pipe.ignore_errors = True
+            if pipe.proc.poll() is None:
+                pipe.proc.terminate()
+            pipe.close()
+    else:
+        with _fsspec_open(address) as file:
+            yield _Remote(file)
+
+
+class _Remote:
+    """A file of fsspec's, whose clients each have their own exceptions: all become OSError."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            return self._file.read(size)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _Checked:
+    """A command's output, whose end counts only when the command ended well."""
+
+    def __init__(self, pipe):
+        self._pipe = pipe
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self._pipe.read(size)
+        if not data and size:
+            self._pipe.wait_for_child()
+        return data
+
+
+def _webdataset_open(address: str) -> Any:
+    """A `webdataset.gopen.Pipe`."""
+    try:
+        from webdataset.gopen import gopen
+    except ImportError:
+        raise DataError(f"{address}: needs webdataset; pip install 'qlip[train]'") from None
+    try:
+        return gopen(address, "rb")
+    except ImportError as error:
+        raise DataError(f"{address}: {error}; pip install {error.name}") from None
+
+
+def _fsspec_open(address: str) -> Any:
+    try:
+        import fsspec
+    except ImportError:
+        raise DataError(f"{address}: needs fsspec; pip install 'qlip[train]'") from None
+    try:
+        return fsspec.open(address, "rb")
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{address}: {error}") from None
+
+
+def _remote_glob(address: str) -> list[str]:
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise DataError(f"{address}: needs fsspec; pip install 'qlip[train]'") from None
+    try:
+        system, path = url_to_fs(address)
+        found = sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))
+    except (ImportError, ValueError, OSError) as error:
+        raise DataError(f"{address}: {error}") from None
+    if not found:
+        raise DataError(f"{address}: no file matches")
+    return found

@@ -1,0 +1,84 @@
+"""Painting a scene: the background, then each glyph turned, resized and laid on it."""
+
+import numpy as np
+from PIL import Image
+
+from qlip_core.data.draws import uniform_grid
+from qlip_core.data.emoji_font import EmojiFont
+from qlip_core.data.scenes import Background, PlacedGlyph, Scene
+
+
+class Painter:
+    """Paints scenes at `size` x `size` pixels. Keeps each glyph once drawn (about 90 kB each)."""
+
+    def __init__(self, font: EmojiFont, size: int):
+        self.font = font
+        self.size = size
+        self._glyphs: dict[int, Image.Image] = {}
+        self._halves: dict[int, Image.Image] = {}
+        middles = (np.arange(size, dtype=np.float32) + 0.5) / size
+        self._x = np.broadcast_to(middles, (size, size))
+        self._y = self._x.T
+
+    def paint(self, scene: Scene) -> np.ndarray:
+        """The picture: uint8 [S, S, 3], sRGB."""
+        picture = Image.fromarray(self._background(scene.background))
+        for glyph in scene.glyphs:
+            self._lay(picture, glyph)
+        return np.array(picture)
+
+    def _glyph(self, code: int, side: float) -> Image.Image:
+        if code not in self._glyphs:
+            # RGBa: colours multiplied by alpha, so that clear pixels lend resampling no colour.
+            self._glyphs[code] = self.font.draw(code).convert("RGBa")
+            self._halves[code] = self._glyphs[code].reduce(2)
+        # Turning costs by the pixel; half size is enough for a glyph that ends up smaller still.
+        half = self._halves[code]
+        return half if side <= 0.75 * half.width else self._glyphs[code]
+
+    def _lay(self, picture: Image.Image, placed: PlacedGlyph) -> None:
+        side = placed.size * self.size
+        glyph = self._glyph(placed.code, side)
+        scale = side / glyph.width
+        if placed.angle:
+            glyph = glyph.rotate(placed.angle, Image.Resampling.BICUBIC, expand=True)
+        pixels = max(1, round(scale * glyph.width))
+        glyph = glyph.resize((pixels, pixels), Image.Resampling.BICUBIC).convert("RGBA")
+        left = round(placed.x * self.size - pixels / 2)
+        top = round(placed.y * self.size - pixels / 2)
+        picture.paste(glyph, (left, top), glyph)
+
+    def _background(self, ground: Background) -> np.ndarray:
+        first = np.array(ground.paints[0], np.float32)
+        if ground.kind == "plain":
+            return np.full((self.size, self.size, 3), ground.paints[0], np.uint8)
+        second = np.array(ground.paints[1], np.float32)
+        mixed = first + self._pattern(ground)[..., None] * (second - first)
+        return (np.clip(mixed, 0, 255) + 0.5).astype(np.uint8)
+
+    def _pattern(self, ground: Background) -> np.ndarray:
+        """Share of the second paint at each pixel: float32 [S, S] in [0, 1]."""
+        x, y = self._x, self._y
+        along = {"down": y, "right": x, "diagonal": (x + y) / 2}
+        if ground.kind == "gradient":
+            if ground.direction == "radial":
+                return np.minimum(1, np.hypot(x - 0.5, y - 0.5) / 0.66)
+            return along[ground.direction]
+        turn = 2 * np.pi / ground.period
+        if ground.kind == "stripes":
+            # "diagonal" is a mean of two axes, so its period is half as many pixels each way.
+            stretch = 1.5 if ground.direction == "diagonal" else 1.0
+            return self._edge(np.sin(turn * stretch * along[ground.direction]), turn * stretch)
+        if ground.kind == "checks":
+            half = turn / 2
+            return self._edge(np.sin(half * x) * np.sin(half * y), half)
+        if ground.kind == "dots":
+            return self._edge(np.cos(turn * x) + np.cos(turn * y) - 0.7, turn)
+        cells = max(2, round(1 / ground.period) + 1)
+        noise = Image.fromarray(uniform_grid(ground.seed, cells, cells))
+        grown = np.asarray(noise.resize((self.size, self.size), Image.Resampling.BICUBIC))
+        return np.clip(grown, 0, 1)
+
+    def _edge(self, wave: np.ndarray, slope: float) -> np.ndarray:
+        """1 where `wave` > 0, its edge a pixel wide; `slope`: the wave's slope there, per side."""
+        return np.clip(0.5 + wave * (self.size / slope), 0, 1)

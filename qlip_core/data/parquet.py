@@ -1,0 +1,149 @@
+"""Hugging Face-style parquet: a column `image` (bytes, or a struct with `bytes`) and `caption` or `text`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from qlip_core.data.locations import local_path, scheme
+from qlip_core.data.samples import BROKEN_ARCHIVE, TOO_LARGE, Bad, Limits, Sample, make_sample
+from qlip_core.errors import DataError
+
+_CAPTIONS = ("caption", "text")
+_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class _Columns:
+    image: str
+    caption: str
+    # Where the image is a struct: only its bytes are read. Its path is a name, never opened.
+    nested: bool
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files, a row group being a shard."""
+
+    location: str
+    files: tuple[str, ...]
+    groups: tuple[tuple[int, int, int], ...]  # (file, row group, its first row in the file)
+    columns: tuple[_Columns, ...]
+    limits: Limits
+    kind: str = "parquet"
+
+    @classmethod
+    def open(cls, location: str, files: Sequence[str], limits: Limits) -> ParquetSource:
+        """Reads every file's footer. Raises DataError for a file that is no parquet or lacks a column."""
+        groups: list[tuple[int, int, int]] = []
+        columns = []
+        for number, name in enumerate(files):
+            with _File(name) as file:
+                columns.append(_find_columns(name, file.schema_arrow))
+                first = 0
+                for group in range(file.metadata.num_row_groups):
+                    groups.append((number, group, first))
+                    first += file.metadata.row_group(group).num_rows
+        if not groups:
+            raise DataError(f"{location}: the parquet files hold no rows")
+        return cls(location, tuple(files), tuple(groups), tuple(columns), limits)
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        return tuple(f"{self.files[file]}, row group {group}" for file, group, _ in self.groups)
+
+    def read_shard(
+        self, shard: int, *, skip: int = 0, part: int = 0, parts: int = 1
+    ) -> Iterator[tuple[int, Sample | Bad]]:
+        """(row, sample) for the row group's rows from `skip` on whose number % parts == part."""
+        number, group, first = self.groups[shard]
+        name, columns = self.files[number], self.columns[number]
+        wanted = [f"{columns.image}.bytes" if columns.nested else columns.image, columns.caption]
+        stem = PurePosixPath(name).stem
+        row = 0
+        try:
+            with _File(name) as file:
+                for batch in file.iter_batches(
+                    _ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
+                ):
+                    for offset in range(batch.num_rows):
+                        if row >= skip and row % parts == part:
+                            key = f"{stem}-{first + row:08d}"
+                            yield row, self._sample(batch, offset, columns, key, name)
+                        row += 1
+        except (OSError, ValueError) as error:  # what pyarrow raises derives from these
+            if isinstance(error, DataError):
+                raise
+            if row >= skip and row % parts == part:
+                key = f"{stem}-{first + row:08d}"
+                yield row, Bad(key, name, BROKEN_ARCHIVE, str(error).split("\n", 1)[0])
+
+    def _sample(self, batch: Any, row: int, columns: _Columns, key: str, name: str) -> Sample | Bad:
+        image = batch.column(columns.image)[row]
+        if columns.nested and image.is_valid:
+            image = image["bytes"]
+        caption = batch.column(columns.caption)[row]
+        for value, limit in (
+            (image, self.limits.image_bytes),
+            (caption, self.limits.text_bytes),
+        ):
+            size = value.as_buffer().size if value.is_valid else 0
+            if size > limit:
+                return Bad(key, name, TOO_LARGE, f"a value of {size} bytes, over {limit}")
+        return make_sample(key, name, image.as_py(), caption.as_py(), None)
+
+
+class _File:
+    """An open ParquetFile, closed with the file below it."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __enter__(self) -> Any:
+        try:
+            import pyarrow
+            import pyarrow.parquet as pq
+        except ImportError:
+            raise DataError(f"{self._name}: needs pyarrow; pip install 'qlip[train]'") from None
+        source: Any = str(local_path(self._name))
+        if scheme(self._name):
+            try:
+                import fsspec
+            except ImportError:
+                raise DataError(f"{self._name}: needs fsspec; pip install 'qlip[train]'") from None
+            try:
+                opener: Any = fsspec.open(self._name, "rb")
+                source = opener.open()
+            except (ImportError, ValueError, OSError) as error:
+                raise DataError(f"{self._name}: {error}") from None
+        try:
+            self._file = pq.ParquetFile(source)
+        except (OSError, pyarrow.ArrowException) as error:
+            text = str(error).split("\n", 1)[0]
+            raise DataError(f"{self._name}: not a readable parquet file ({text})") from None
+        return self._file
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close(force=True)
+
+
+def _find_columns(name: str, schema: Any) -> _Columns:
+    import pyarrow.types as kinds
+
+    have = ", ".join(schema.names) or "none"
+    if "image" not in schema.names:
+        raise DataError(f"{name}: no column `image`; columns: {have}")
+    caption = next((c for c in _CAPTIONS if c in schema.names), None)
+    if caption is None:
+        raise DataError(f"{name}: no column `caption` or `text`; columns: {have}")
+    kind = schema.field("image").type
+    nested = kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    inner = kind.field("bytes").type if nested else kind
+    if not (kinds.is_binary(inner) or kinds.is_large_binary(inner)):
+        raise DataError(f"{name}: column `image` is {kind}; expected bytes or a struct with bytes")
+    text = schema.field(caption).type
+    if not (kinds.is_string(text) or kinds.is_large_string(text)):
+        raise DataError(f"{name}: column `{caption}` is {text}; expected strings")
+    return _Columns("image", caption, nested)

@@ -1,0 +1,122 @@
+"""What every picture-and-caption source yields: good samples with their bytes, bad ones with a reason."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes in bytes above which a member is bad, and never read into memory."""
+
+    image_bytes: int = 64 * 2**20
+    text_bytes: int = 2**20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture, still encoded, and its caption. `key` names it within its source."""
+
+    key: str
+    image_bytes: bytes = field(repr=False)
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that cannot be used, and why.
+
+    reason: a short phrase from a small set, to count by; `detail` says more where there is more to say.
+    """
+
+    key: str
+    where: str
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.key}: {self.reason}" + (self.detail and f" ({self.detail})")
+
+
+TOO_LARGE = "too large"
+NO_IMAGE = "no image"
+NO_CAPTION = "no caption"
+EMPTY_CAPTION = "empty caption"
+NOT_UTF8 = "caption is not UTF-8"
+NOT_JSON = "metadata is not a JSON object"
+UNREADABLE = "unreadable file"
+BROKEN_IMAGE = "broken image"
+BROKEN_ARCHIVE = "broken archive"
+
+
+def make_sample(
+    key: str,
+    where: str,
+    image: bytes | None,
+    caption: bytes | str | None,
+    meta: bytes | dict[str, Any] | None,
+) -> Sample | Bad:
+    """A sample from its parts, or what is wrong with them. The image is not decoded here.
+
+    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it.
+    """
+    if image is None or not image:
+        return Bad(key, where, NO_IMAGE)
+    if isinstance(meta, bytes):
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError) as error:
+            return Bad(key, where, NOT_JSON, str(error).split("\n", 1)[0])
+    if meta is None:
+        meta = {}
+    if not isinstance(meta, dict):
+        return Bad(key, where, NOT_JSON, f"a {type(meta).__name__}")
+    if caption is None and isinstance(meta.get("caption"), str):
+        caption = meta["caption"]
+    if caption is None:
+        return Bad(key, where, NO_CAPTION)
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            return Bad(key, where, NOT_UTF8, f"byte {error.start}")
+    caption = caption.strip()
+    if not caption:
+        return Bad(key, where, EMPTY_CAPTION)
+    try:
+        caption.encode()
+    except UnicodeEncodeError:
+        # A lone surrogate can come through JSON, and no tokenizer takes it.
+        return Bad(key, where, NOT_UTF8, "lone surrogate")
+    return Sample(key, image, caption, meta)
+
+
+class Tally:
+    """Bad samples counted by reason, and the first `keep` of them named."""
+
+    def __init__(self, keep: int = 100):
+        self.keep = keep
+        self.counts: dict[str, int] = {}
+        self.named: list[str] = []
+
+    def add(self, bad: Bad) -> None:
+        self.counts[bad.reason] = self.counts.get(bad.reason, 0) + 1
+        if len(self.named) < self.keep:
+            self.named.append(str(bad))
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"counts": {reason: n}, "named": [...]}, in JSON types."""
+        return {"counts": dict(sorted(self.counts.items())), "named": list(self.named)}
+
+    def include(self, other: dict[str, Any]) -> None:
+        """Add what another tally's `to_dict` says."""
+        for reason, count in other["counts"].items():
+            self.counts[reason] = self.counts.get(reason, 0) + count
+        self.named += other["named"][: self.keep - len(self.named)]

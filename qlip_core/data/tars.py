@@ -1,0 +1,294 @@
+"""WebDataset tars as streams: members grouped into samples by key, nothing written, nothing unpacked.
+
+The format is read here and not through `tarfile`, which takes the memory that an extended header asks for,
+and cannot pass over members of a seekable file without reading them. Names are keys and never paths.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlip_core.data.locations import ByteStream
+from qlip_core.data.samples import (
+    BROKEN_ARCHIVE,
+    TOO_LARGE,
+    Bad,
+    Limits,
+    Sample,
+    make_sample,
+)
+
+IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
+_BLOCK = 512
+_MAX_NAME = 2**16
+_CHUNK = 2**18
+_FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+# Types that may state a size and yet have no data behind them.
+_WITHOUT_DATA = frozenset(
+    {
+        tarfile.LNKTYPE,
+        tarfile.SYMTYPE,
+        tarfile.DIRTYPE,
+        tarfile.CHRTYPE,
+        tarfile.BLKTYPE,
+        tarfile.FIFOTYPE,
+    }
+)
+
+
+class ArchiveError(Exception):
+    """The archive's bytes are not a tar, or end too soon. What came before is good."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A regular file in a tar: read it before the next member is asked for, or not at all."""
+
+    name: str
+    size: int
+    stream: _Reader
+
+    def read(self) -> bytes:
+        return self.stream.exactly(self.size)
+
+
+class _Reader:
+    """Reads exactly, and passes over what is not wanted, by seeking where that is possible."""
+
+    def __init__(self, stream: ByteStream):
+        self._stream = stream
+        # A local file; elsewhere seeking costs more than it saves, or is not there.
+        self._seekable = isinstance(stream, io.BufferedReader) and stream.seekable()
+        self.position = 0
+
+    def exactly(self, size: int) -> bytes:
+        data = self._up_to(size)
+        if len(data) < size:
+            raise ArchiveError(f"ends at byte {self.position}, {size - len(data)} too soon")
+        return data
+
+    def _up_to(self, size: int) -> bytes:
+        # In pieces: memory grows with what arrives, not with what a header claims.
+        pieces, left = [], size
+        while left:
+            piece = self._stream.read(min(left, _CHUNK))
+            if not piece:
+                break
+            pieces.append(piece)
+            left -= len(piece)
+        self.position += size - left
+        return b"".join(pieces)
+
+    def block(self) -> bytes:
+        """The next 512 bytes, or b"" at the end of the stream."""
+        data = self._up_to(_BLOCK)
+        if data and len(data) < _BLOCK:
+            raise ArchiveError(f"ends at byte {self.position}, within a header")
+        return data
+
+    def skip(self, size: int) -> None:
+        if self._seekable and size > _CHUNK:
+            # The last byte is read, so that a file cut short is noticed.
+            self._stream.seek(size - 1, io.SEEK_CUR)  # type: ignore[attr-defined]
+            self.position += size - 1
+            self.exactly(1)
+            return
+        while size:
+            piece = min(size, _CHUNK)
+            self.exactly(piece)
+            size -= piece
+
+
+def members(stream: ByteStream) -> Iterator[Member]:
+    """The regular files of a tar, gzipped or plain. Links, devices and folders are passed over.
+
+    Raises ArchiveError where the bytes stop being a tar; what the stream itself raises goes through.
+    """
+    head = stream.read(_BLOCK)
+    for magic, name in _FOREIGN.items():
+        if head.startswith(magic):
+            raise ArchiveError(f"is compressed with {name}; only plain tar and gzip are read")
+    whole = _rejoined(head, stream)
+    if head.startswith(b"\x1f\x8b"):
+        whole = gzip.GzipFile(fileobj=whole)  # type: ignore[arg-type]
+    reader = _Reader(whole)
+    try:
+        yield from _members(reader)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ArchiveError(f"damaged gzip data ({error})") from None
+
+
+def _rejoined(head: bytes, stream: ByteStream) -> ByteStream:
+    """The stream again from before `head`."""
+    if isinstance(stream, io.BufferedReader) and stream.seekable():
+        stream.seek(-len(head), io.SEEK_CUR)
+        return stream
+    return _Rejoined(head, stream)
+
+
+class _Rejoined:
+    """A stream whose first bytes were read already."""
+
+    def __init__(self, head: bytes, stream: ByteStream):
+        self._head, self._stream = head, stream
+
+    def read(self, size: int = -1, /) -> bytes:
+        if self._head:
+            head, self._head = self._head[:size], self._head[size:]
+            return head
+        return self._stream.read(size)
+
+
+def _members(reader: _Reader) -> Iterator[Member]:
+    long_name: str | None = None
+    while True:
+        block = reader.block()
+        if not block:
+            # Some writers leave out the two empty blocks at the end.
+            if reader.position == 0:
+                raise ArchiveError("is empty")
+            return
+        if not block.strip(b"\0"):
+            return
+        try:
+            info = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            raise ArchiveError(
+                f"no tar header at byte {reader.position - _BLOCK} ({error})"
+            ) from None
+        if info.size < 0:
+            raise ArchiveError(f"a member of {info.size} bytes at byte {reader.position - _BLOCK}")
+        size = 0 if info.type in _WITHOUT_DATA else info.size
+        end = reader.position + -(-size // _BLOCK) * _BLOCK
+        if info.type == tarfile.GNUTYPE_SPARSE:
+            raise ArchiveError(f"{info.name!r} is a sparse member, which is not read")
+        if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            if size > _MAX_NAME:
+                raise ArchiveError(f"an extended header of {size} bytes, over {_MAX_NAME}")
+            data = reader.exactly(size)
+            if info.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+            else:
+                long_name = _pax_path(data) or long_name
+        elif info.type in tarfile.REGULAR_TYPES:
+            yield Member(long_name or info.name, size, reader)
+            long_name = None
+        elif info.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            long_name = None
+        reader.skip(end - reader.position)
+
+
+def _pax_path(data: bytes) -> str | None:
+    """The "path" of a pax header's records, each "length key=value\\n"."""
+    path, position = None, 0
+    while position < len(data):
+        length, _, _ = data[position:].partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data) - position:
+            raise ArchiveError("a damaged pax header")
+        record = data[position + len(length) + 1 : position + int(length)].rstrip(b"\n")
+        key, _, value = record.partition(b"=")
+        if key == b"path":
+            path = value.decode("utf-8", "surrogateescape")
+        elif key == b"size" or key.startswith(b"GNU.sparse"):
+            raise ArchiveError("a pax header that changes a member's size, which is not read")
+        position += int(length)
+    return path
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """WebDataset's rule: "a/b.c.jpg" -> ("a/b", "c.jpg"), the extension from the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    if not stem or not dot or not suffix:
+        return None
+    return folder + slash + stem, suffix.lower()
+
+
+def tar_samples(
+    stream: ByteStream,
+    where: str,
+    limits: Limits,
+    *,
+    skip: int = 0,
+    part: int = 0,
+    parts: int = 1,
+) -> Iterator[tuple[int, Sample | Bad]]:
+    """(number, sample) for the archive's samples from `skip` on whose number % parts == part.
+
+    A sample is consecutive members of one key: an image, `txt`, `json`. The others' bytes are not kept.
+    A broken archive ends with one Bad for all that is lost.
+    """
+    number, key = -1, None
+    found: dict[str, bytes] = {}
+    seen: set[str] = set()
+    oversize = ""
+
+    def wanted() -> bool:
+        return number >= skip and number % parts == part
+
+    def finish() -> Sample | Bad:
+        assert key is not None
+        if oversize:
+            return Bad(key, where, TOO_LARGE, oversize)
+        return make_sample(key, where, found.get("image"), found.get("txt"), found.get("json"))
+
+    try:
+        for member in members(stream):
+            named = split_name(member.name.removeprefix("./"))
+            if named is None or member.name.startswith("__"):
+                continue
+            # A suffix that comes again is another sample that bears the same key.
+            if named[0] != key or named[1] in seen:
+                if key is not None and wanted():
+                    yield number, finish()
+                number, key, found, seen, oversize = number + 1, named[0], {}, set(), ""
+            seen.add(named[1])
+            kind = "image" if named[1] in IMAGE_SUFFIXES else named[1]
+            if kind not in ("image", "txt", "json") or kind in found or not wanted():
+                continue
+            limit = limits.image_bytes if kind == "image" else limits.text_bytes
+            if member.size > limit:
+                oversize = f".{named[1]} of {member.size} bytes, over {limit}"
+                continue
+            found[kind] = member.read()
+    except ArchiveError as error:
+        last = finish() if key is not None else None
+        if isinstance(last, Sample):
+            if wanted():
+                yield number, last
+            number += 1
+        number = max(number, 0)
+        if wanted():
+            yield number, Bad(key or "(start)", where, BROKEN_ARCHIVE, str(error))
+        return
+    if key is not None and wanted():
+        yield number, finish()
+
+
+def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
+    """Write samples (key, {suffix: bytes}) as a tar whose bytes depend on them alone; returns their number.
+
+    The file appears whole or not at all.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    count = 0
+    try:
+        with part.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for key, files in samples:
+                for suffix, data in files.items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size, info.mtime, info.mode = len(data), 0, 0o644
+                    tar.addfile(info, io.BytesIO(data))
+                count += 1
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
