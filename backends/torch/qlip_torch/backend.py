@@ -1,0 +1,118 @@
+"""The backend `torch`: QLIP on CPU, CUDA and Apple's GPUs behind the interface of qlip_core.backends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from qlip_core.backends import Network, Weights
+from qlip_core.config import QLIPConfig
+from qlip_core.reference import pooled_position
+from qlip_torch.model import QLIP, load
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TorchBackend:
+    """`compile` runs the vision towers through `torch.compile`, block by block: worth its start-up of
+    up to a minute where many thousands of images follow on a GPU. Off, the first call is fast."""
+
+    compile: bool = False
+
+    @property
+    def name(self) -> str:
+        return "torch"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(DTYPES)
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def devices(self) -> list[str]:
+        cuda = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        mps = ["mps"] if torch.backends.mps.is_available() else []
+        return [*cuda, *mps, "cpu"]
+
+    def network(self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str) -> Network:
+        return TorchNetwork(config, weights, device=device, dtype=dtype, compile=self.compile)
+
+
+class TorchNetwork:
+    """A model whose parts are read when they are first used, and once."""
+
+    def __init__(
+        self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str, compile: bool
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._weights = weights
+        self._compile = compile
+        self._parts: dict[str, QLIP] = {}
+
+    def _part(self, part: str) -> QLIP:
+        if part not in self._parts:
+            model = load(
+                self.config,
+                self._weights.part(part),
+                (part,),
+                device=self.device,
+                dtype=DTYPES[self.dtype],
+            )
+            # Texts are short and of many lengths: compiling them anew for each does not pay.
+            if self._compile and part != "text":
+                for block in model.blocks():
+                    block.compile()
+            self._parts[part] = model
+        return self._parts[part]
+
+    @torch.inference_mode()
+    def hidden_states(self, pixels: np.ndarray, layer: int) -> np.ndarray:
+        return _to_numpy(self._part("encoder").hidden_states(self._to_device(pixels), layer))
+
+    @torch.inference_mode()
+    def latents(self, pixels: np.ndarray) -> np.ndarray:
+        return _to_numpy(self._latents(pixels))
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        return (self._latents(pixels) > 0).to(torch.uint8).cpu().numpy()
+
+    def _latents(self, pixels: np.ndarray) -> torch.Tensor:
+        _, z = self._part("encoder").encode(self._to_device(pixels))
+        return self._part("down").bottleneck_down(z)
+
+    @torch.inference_mode()
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        z_hat = self._part("up").bottleneck_up(self._to_device(codes))
+        return _to_numpy(self._part("decoder").decode(z_hat))
+
+    @torch.inference_mode()
+    def embed_images(self, pixels: np.ndarray) -> np.ndarray:
+        encoder = self._part("encoder")
+        cls, _ = encoder.encode(self._to_device(pixels))
+        return _to_numpy(encoder.embed_image(cls))
+
+    @torch.inference_mode()
+    def embed_texts(self, ids: np.ndarray) -> np.ndarray:
+        # Attention is causal: nothing after the last pooled position is needed.
+        last = pooled_position(ids, self.config.text_config.eos_token_id).max(initial=0)
+        needed = torch.tensor(ids[:, : last + 1], dtype=torch.int64, device=self.device)
+        return _to_numpy(self._part("text").embed_text(needed))
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        if not values.flags.writeable:  # which torch.from_numpy warns of
+            values = values.copy()
+        return torch.from_numpy(values).to(self.device, DTYPES[self.dtype])
+
+
+def _to_numpy(values: torch.Tensor) -> np.ndarray:
+    return values.float().cpu().numpy()
+
+
+BACKEND = TorchBackend()
