@@ -1,0 +1,183 @@
+"""The backend `mlx`: QLIP on Metal, on CUDA (MLX's own build) and on the CPU, behind qlip_core.backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from qlip_core.backends import Weights
+from qlip_core.config import QLIPConfig
+from qlip_core.reference import pooled_position
+from qlip_mlx.kernels import FUSED, POLYNOMIAL
+from qlip_mlx.model import QLIP, load, unquantized
+
+DEVICES = {"gpu": mx.gpu, "cpu": mx.cpu}
+
+# Type of activations and of weights that are not quantized, and bits of those that are. With quantized
+# weights the rest stays float32: what is saved is memory and its traffic, not arithmetic.
+DTYPES: dict[str, tuple[mx.Dtype, int | None]] = {
+    "float32": (mx.float32, None),
+    "bfloat16": (mx.bfloat16, None),
+    "float16": (mx.float16, None),
+    "int8": (mx.float32, 8),
+    "int4": (mx.float32, 4),
+}
+
+# MLX keeps freed buffers to use them again, up to most of a Mac's memory; one batch needs less than this.
+CACHE_BYTES = 1 << 30
+
+Forward = Callable[[mx.array], mx.array]
+
+
+@dataclass(frozen=True)
+class MlxBackend:
+    """`compile`: fuse pointwise operations of the vision towers with `mx.compile`; None: on a GPU only.
+
+    On Linux' CPU it would run a C++ compiler, seconds for a network, and gain little.
+    """
+
+    compile: bool | None = None
+
+    @property
+    def name(self) -> str:
+        return "mlx"
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(DTYPES)
+
+    def version(self) -> str:
+        return importlib.metadata.version("mlx")
+
+    def devices(self) -> list[str]:
+        """`gpu` is Metal on a Mac, CUDA in MLX's CUDA build."""
+        return [name for name, device in DEVICES.items() if mx.is_available(device)]
+
+    def network(
+        self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str
+    ) -> MlxNetwork:
+        compile = device == "gpu" if self.compile is None else self.compile
+        return MlxNetwork(config, weights, device=device, dtype=dtype, compile=compile)
+
+
+class MlxNetwork:
+    """A model whose parts are read when they are first used, and once."""
+
+    def __init__(
+        self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str, compile: bool
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self._weights = weights
+        self._type, self._bits = DTYPES[dtype]
+        self._compile: Callable[[Forward], Forward] = mx.compile if compile else _as_is
+        self._parts: dict[str, QLIP] = {}
+        self._compiled: dict[str, Forward] = {}
+        linux_cpu = device == "cpu" and platform.system() == "Linux"
+        self._kernels = POLYNOMIAL if linux_cpu else FUSED
+        # There everything but a tuned BLAS uses one core a stream.
+        self._streams = _streams(len(os.sched_getaffinity(0))) if linux_cpu else []
+
+    def _part(self, part: str) -> QLIP:
+        if part not in self._parts:
+            with self._scope():
+                self._parts[part] = load(
+                    self.config,
+                    self._weights.part(part),
+                    (part,),
+                    dtype=self._type,
+                    bits=self._bits,
+                    kernels=self._kernels,
+                )
+        return self._parts[part]
+
+    def hidden_states(self, pixels: np.ndarray, layer: int) -> np.ndarray:
+        encoder = self._part("encoder")
+        return self._run(lambda x: encoder.hidden_states(x, layer), pixels)
+
+    def latents(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(self._latents(), pixels)
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        latents = self._latents()
+        return self._run(lambda x: (latents(x) > 0).astype(mx.uint8), pixels)
+
+    def _latents(self) -> Forward:
+        encoder, down = self._part("encoder"), self._part("down")
+        return self._once("latents", lambda x: down.bottleneck_down(encoder.encode(x)[1]))
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        up, decoder = self._part("up"), self._part("decoder")
+        forward = self._once("decode", lambda x: decoder.decode(up.bottleneck_up(x)))
+        return self._run(forward, codes)
+
+    def embed_images(self, pixels: np.ndarray) -> np.ndarray:
+        encoder = self._part("encoder")
+        forward = self._once("embed_images", lambda x: encoder.embed_image(encoder.encode(x)[0]))
+        return self._run(forward, pixels)
+
+    def embed_texts(self, ids: np.ndarray) -> np.ndarray:
+        pooled = pooled_position(ids, self.config.text_config.eos_token_id)
+        # Attention is causal: nothing after the last pooled position is needed.
+        needed = ids[:, : pooled.max(initial=0) + 1]
+        # Not compiled: texts are short and of many lengths, and each would be traced anew.
+        text = self._part("text")
+        with self._scope():
+            return _to_numpy(text.embed_text(mx.array(needed), mx.array(pooled)))
+
+    def unquantized(self) -> list[str]:
+        """Linears that keep their weights although `dtype` is int8 or int4, by published name."""
+        return [] if self._bits is None else unquantized(self.config)
+
+    def _once(self, name: str, forward: Forward) -> Forward:
+        """The compiled form of a forward, made at its first call."""
+        if name not in self._compiled:
+            self._compiled[name] = self._compile(forward)
+        return self._compiled[name]
+
+    def _run(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
+        """One batch through a forward and evaluated, a piece on each stream where there are several."""
+        count = max(1, min(len(batch), len(self._streams)))
+        pieces = []
+        with self._scope():
+            for i, piece in enumerate(np.array_split(batch, count)):
+                with mx.stream(self._streams[i]) if self._streams else nullcontext():
+                    pieces.append(forward(mx.array(piece, self._type)))
+            mx.eval(pieces)
+            return np.concatenate([_to_numpy(piece) for piece in pieces])
+
+    @contextmanager
+    def _scope(self) -> Iterator[None]:
+        """This network's device and cache limit, and afterwards the caller's again."""
+        before = mx.set_cache_limit(CACHE_BYTES)
+        mx.set_cache_limit(min(before, CACHE_BYTES))
+        try:
+            with mx.stream(DEVICES[self.device]):
+                yield
+        finally:
+            mx.set_cache_limit(before)
+
+
+def _streams(count: int) -> list[mx.ThreadLocalStream]:
+    # Thread-local, so that a network made on one thread runs on another.
+    return [mx.new_thread_local_stream(mx.cpu) for _ in range(count)]
+
+
+def _as_is(forward: Forward) -> Forward:
+    return forward
+
+
+def _to_numpy(values: mx.array) -> np.ndarray:
+    # numpy has no bfloat16; bits stay bytes.
+    return np.array(values if values.dtype == mx.uint8 else values.astype(mx.float32))
+
+
+BACKEND = MlxBackend()

@@ -1,0 +1,431 @@
+"""The MLX backend against the numpy reference, over every switch of the configuration."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
+from mlx.utils import tree_flatten
+
+from qlip_core import reference
+from qlip_core.architecture import PARTS, architecture
+from qlip_core.backends import Network
+from qlip_core.bsq import bits_to_codes, bits_to_integers
+from qlip_core.checkpoint import open_checkpoint
+from qlip_core.config import PRESETS, QLIPConfig
+from qlip_core.errors import CheckpointError, ConfigError
+from qlip_core.tensorfile import TensorFile
+from qlip_mlx import BACKEND, QLIP, MlxBackend, load
+from qlip_mlx.kernels import (
+    FUSED,
+    POLYNOMIAL,
+    attend_fused,
+    attend_polynomial,
+    exp2,
+    silu_fused,
+    silu_polynomial,
+)
+from qlip_mlx.model import Rotary, gelu, patchify, unpatchify, unquantized
+
+OFFICIAL = Path(__file__).parent / "fixtures" / "official_tiny"
+TOLERANCE = 1e-4  # DESIGN: embeddings and pixels, absolute
+SURE = 1e-5  # bits are equal wherever |u| is above this
+
+each_configuration = pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+
+
+def mlx_network(config: QLIPConfig, weights, dtype: str = "float32"):
+    return BACKEND.network(config, ArrayWeights(config, weights), device="cpu", dtype=dtype)
+
+
+def reference_network(config: QLIPConfig, weights) -> Network:
+    return reference.BACKEND.network(
+        config, ArrayWeights(config, weights), device="cpu", dtype="float64"
+    )
+
+
+def codes_of(config: QLIPConfig, u: np.ndarray) -> np.ndarray:
+    return bits_to_codes(u > 0) if config.quantizes else u
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
+def assert_same_latents(network: Network, oracle: Network, pixels: np.ndarray) -> None:
+    u = oracle.latents(pixels)
+    np.testing.assert_allclose(network.latents(pixels), u, rtol=0, atol=SURE)
+    sure = np.abs(u) > SURE
+    assert sure.mean() > 0.99
+    np.testing.assert_array_equal(network.encode(pixels)[sure], (u > 0)[sure])
+
+
+# -- against the reference ---------------------------------------------------------------------
+
+
+@each_configuration
+def test_every_output_equals_the_reference(config: QLIPConfig) -> None:
+    weights = random_weights(config)
+    ours, oracle = mlx_network(config, weights), reference_network(config, weights)
+    pixels, ids = random_pixels(config, 3), random_ids(config, 5)
+    assert_same_latents(ours, oracle, pixels)
+    # Both decoders get the same codes, so that a doubtful bit cannot leak into this comparison.
+    codes = codes_of(config, oracle.latents(pixels))
+    pairs = {
+        "decode": (ours.decode(codes), oracle.decode(codes)),
+        "embed_images": (ours.embed_images(pixels), oracle.embed_images(pixels)),
+        "embed_texts": (ours.embed_texts(ids), oracle.embed_texts(ids)),
+    }
+    layers = config.vision_config.num_hidden_layers
+    for layer in range(-layers - 1, layers + 1):
+        pairs[f"hidden_states {layer}"] = (
+            ours.hidden_states(pixels, layer),
+            oracle.hidden_states(pixels, layer),
+        )
+    for name, (actual, expected) in pairs.items():
+        assert actual.dtype == np.float32, name
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, err_msg=name)
+
+
+def test_published_implementation_agrees() -> None:
+    checkpoint = open_checkpoint(OFFICIAL)
+    file = TensorFile(OFFICIAL / "expected.safetensors")
+    expected = {name: file.raw(name) for name in file.entries}
+    network = BACKEND.network(checkpoint.config, checkpoint, device="cpu", dtype="float32")
+    pixels, ids = expected["pixel_values"], expected["input_ids"]
+
+    def close(actual: np.ndarray, name: str) -> None:
+        np.testing.assert_allclose(actual, expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
+
+    close(network.latents(pixels), "u")
+    bits = network.encode(pixels)
+    group = checkpoint.config.group_size
+    np.testing.assert_array_equal(bits_to_integers(bits, group), expected["group_indices"])
+    close(network.decode(expected["zq"]), "recon")
+    close(network.hidden_states(pixels, -2), "hidden_m2")
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    images, texts = unit(network.embed_images(pixels)), unit(network.embed_texts(ids))
+    close(images, "image_embeds")
+    close(texts, "text_embeds")
+    scale = np.exp(checkpoint.tensor("logit_scale"))
+    np.testing.assert_allclose(
+        scale * images @ texts.T, expected["logits_per_image"], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_wrong_epsilon_is_noticed() -> None:
+    config = CONFIGURATIONS["eva"]
+    weights = random_weights(config)
+    wrong = replace(config, vision_config=replace(config.vision_config, layer_norm_eps=1e-4))
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_same_latents(
+            mlx_network(wrong, weights),
+            reference_network(config, weights),
+            random_pixels(config, 3),
+        )
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.02)])
+def test_lower_precision_is_near(dtype: str, tolerance: float) -> None:
+    config = CONFIGURATIONS["eva"]
+    weights = random_weights(config)
+    ours, oracle = mlx_network(config, weights, dtype), reference_network(config, weights)
+    pixels, ids = random_pixels(config, 3), random_ids(config, 4)
+    u = oracle.latents(pixels)
+    latents = ours.latents(pixels)
+    np.testing.assert_allclose(latents, u, rtol=0, atol=tolerance)
+    # Normalised in float32 whatever went before: unit length to float32's rounding.
+    np.testing.assert_allclose(np.linalg.norm(latents, axis=-1), 1, atol=1e-6)
+    np.testing.assert_array_equal(ours.encode(pixels), latents > 0)
+    codes = codes_of(config, u)
+    np.testing.assert_allclose(ours.decode(codes), oracle.decode(codes), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        ours.embed_texts(ids), oracle.embed_texts(ids), rtol=0, atol=5 * tolerance
+    )
+
+
+def test_a_compiled_forward_equals_the_reference() -> None:
+    # One layer: each fused kernel costs a run of the C++ compiler here.
+    config = CONFIGURATIONS["wider_decoder"]
+    weights = random_weights(config)
+    codes = bits_to_codes(np.random.default_rng(0).integers(0, 2, (3, config.num_patches, 28)))
+    network = MlxBackend(compile=True).network(
+        config, ArrayWeights(config, weights), device="cpu", dtype="float32"
+    )
+    expected = reference_network(config, weights).decode(codes)
+    np.testing.assert_allclose(network.decode(codes), expected, rtol=0, atol=TOLERANCE)
+
+
+# -- quantized weights -------------------------------------------------------------------------
+
+
+# Bounds are twice what these weights give; 4 bits on rows of 64 are coarse.
+@pytest.mark.parametrize("dtype, of_u, of_pixels", [("int8", 0.022, 0.036), ("int4", 0.36, 0.76)])
+def test_quantized_weights_are_near(dtype: str, of_u: float, of_pixels: float) -> None:
+    config = PRESETS["tiny"]
+    weights, pixels = random_weights(config), random_pixels(config, 4)
+    ours, oracle = mlx_network(config, weights, dtype), reference_network(config, weights)
+    u = oracle.latents(pixels)
+    error = relative_error(ours.latents(pixels), u)
+    assert of_u / 8 < error < of_u  # and not 0: it did quantize
+    codes = bits_to_codes(u > 0)
+    error = relative_error(ours.decode(codes), oracle.decode(codes))
+    assert of_pixels / 8 < error < of_pixels
+    np.testing.assert_array_equal(ours.encode(pixels), ours.latents(pixels) > 0)
+
+
+def test_layers_that_stay_unquantized_are_named() -> None:
+    config = PRESETS["tiny"]
+    network = mlx_network(config, random_weights(config), "int4")
+    text = [
+        f"text_model.encoder.layers.{i}.{name}"
+        for i in range(2)  # the text tower is 32 wide; mlp.fc2 takes 64
+        for name in (
+            *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")),
+            "mlp.fc1",
+        )
+    ]
+    assert network.unquantized() == [
+        *text,
+        "text_projection",
+        "vision_model.embeddings.patch_embedding",
+        "vision_model.quant_embed_post.c_fc",  # 28 bits
+    ]
+    assert mlx_network(config, random_weights(config)).unquantized() == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_all_other_linears_are_quantized(bits: int) -> None:
+    config = PRESETS["tiny"]
+    model = load(config, random_weights(config), bits=bits)
+    kept = set(unquantized(config))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.QuantizedLinear):
+            assert (module.bits, module.group_size) == (bits, 64)
+            assert name not in kept
+        elif isinstance(module, nn.Linear):
+            assert name in kept
+
+
+def test_quantized_b16_keeps_only_two_layers() -> None:
+    assert unquantized(PRESETS["qlip-b-16-256"]) == [
+        "vision_model.embeddings.patch_embedding",
+        "vision_model.quant_embed_post.c_fc",
+    ]
+
+
+# -- the network -------------------------------------------------------------------------------
+
+
+def test_parts_are_loaded_when_first_used_and_once() -> None:
+    config = CONFIGURATIONS["eva"]
+    weights = ArrayWeights(config, random_weights(config))
+    pixels, ids = random_pixels(config, 2), random_ids(config, 2)
+
+    def parts_after(*calls: str) -> list[str]:
+        weights.loaded.clear()
+        network = BACKEND.network(config, weights, device="cpu", dtype="float32")
+        inputs = {
+            "decode": np.ones((2, config.num_patches, 28), np.float32),
+            "embed_texts": ids,
+        }
+        for call in calls:
+            getattr(network, call)(inputs.get(call, pixels))
+        return weights.loaded
+
+    assert parts_after() == []
+    assert parts_after("encode", "latents", "embed_images") == ["encoder", "down"]
+    assert parts_after("embed_images") == ["encoder"]
+    assert parts_after("decode", "decode") == ["up", "decoder"]
+    assert parts_after("embed_texts", "embed_texts") == ["text"]
+
+
+def test_read_only_weights_and_pixels_are_taken() -> None:
+    config = CONFIGURATIONS["eva"]
+    weights, pixels = random_weights(config), random_pixels(config, 2)
+    for array in (*weights.values(), pixels):
+        array.flags.writeable = False
+    expected = reference_network(config, weights).latents(pixels)
+    np.testing.assert_allclose(mlx_network(config, weights).latents(pixels), expected, atol=SURE)
+
+
+def test_texts_do_not_depend_on_the_length_of_their_neighbours() -> None:
+    config = CONFIGURATIONS["plain"]
+    network = mlx_network(config, random_weights(config))
+    ids = random_ids(config, 6)
+    alone = np.concatenate([network.embed_texts(row[None]) for row in ids])
+    np.testing.assert_allclose(network.embed_texts(ids), alone, rtol=0, atol=1e-6)
+
+
+def test_images_do_not_depend_on_the_batch_and_results_repeat() -> None:
+    config = CONFIGURATIONS["eva"]
+    weights, pixels = random_weights(config), random_pixels(config, 5)
+    network = mlx_network(config, weights)
+    u = network.latents(pixels)
+    np.testing.assert_array_equal(network.latents(pixels), u)
+    np.testing.assert_array_equal(mlx_network(config, weights).latents(pixels), u)
+    alone = np.concatenate([network.latents(image[None]) for image in pixels])
+    np.testing.assert_allclose(u, alone, rtol=0, atol=1e-6)
+
+
+def test_a_network_runs_on_another_thread_than_it_was_made_on() -> None:
+    config = CONFIGURATIONS["eva"]
+    network, pixels = mlx_network(config, random_weights(config)), random_pixels(config, 4)
+    here = network.latents(pixels)
+    there: list[np.ndarray] = []
+    thread = threading.Thread(target=lambda: there.append(network.latents(pixels)))
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(there[0], here)
+
+
+def test_the_callers_settings_stand_afterwards() -> None:
+    config = CONFIGURATIONS["eva"]
+    network = mlx_network(config, random_weights(config))
+    before = mx.set_cache_limit(12345678)
+    device, stream = mx.default_device(), mx.default_stream(mx.default_device())
+    try:
+        network.encode(random_pixels(config, 3))
+        with pytest.raises(ValueError):
+            network.decode(np.zeros((2, 3, 4), np.float32))
+        assert mx.default_device() == device
+        assert mx.default_stream(device) == stream
+    finally:
+        assert mx.set_cache_limit(before) == 12345678
+
+
+def test_memory_does_not_grow_with_the_number_of_batches() -> None:
+    config = CONFIGURATIONS["eva"]
+    network, pixels = mlx_network(config, random_weights(config)), random_pixels(config, 4)
+    network.encode(pixels)
+    held = mx.get_active_memory()
+    for _ in range(5):
+        network.encode(pixels)
+        assert mx.get_active_memory() <= held
+
+
+def test_empty_batches_have_shapes() -> None:
+    config = CONFIGURATIONS["eva"]
+    network = mlx_network(config, random_weights(config))
+    pixels = np.zeros((0, 3, 32, 32), np.float32)
+    assert network.encode(pixels).shape == (0, 16, 28)
+    assert network.decode(np.zeros((0, 16, 28), np.float32)).shape == (0, 3, 32, 32)
+    assert network.embed_texts(np.zeros((0, 12), np.int64)).shape == (0, 24)
+
+
+@pytest.mark.parametrize("layer", [3, -4])
+def test_hidden_states_refuse_a_layer_that_is_not_there(layer: int) -> None:
+    config = CONFIGURATIONS["eva"]
+    network = mlx_network(config, random_weights(config))
+    with pytest.raises(ConfigError, match=f"layer {layer} is not there.*0 to 2"):
+        network.hidden_states(random_pixels(config, 1), layer)
+
+
+def test_backend_describes_itself() -> None:
+    assert BACKEND.name == "mlx"
+    assert BACKEND.dtypes == ("float32", "bfloat16", "float16", "int8", "int4")
+    assert BACKEND.version()[0].isdigit()
+    assert BACKEND.devices()[-1] == "cpu"
+
+
+# -- the modules -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [*CONFIGURATIONS.values(), PRESETS["tiny"]])
+def test_parameters_are_the_table(config: QLIPConfig) -> None:
+    table = architecture(config)
+    kernel = "vision_model.embeddings.patch_embedding.weight"
+    for parts in (PARTS, *((part,) for part in PARTS)):
+        leaves = tree_flatten(QLIP(config, parts).parameters())
+        assert isinstance(leaves, list)
+        ours = {name: tuple(array.shape) for name, array in leaves}
+        published = {n: s.shape for n, s in table.items() if s.part in parts}
+        if kernel in published:
+            width, *patch = published[kernel]
+            published[kernel] = (width, int(np.prod(patch)))
+        assert ours == published
+
+
+def test_load_is_strict() -> None:
+    config = CONFIGURATIONS["eva"]
+    weights = random_weights(config)
+    without = {n: w for n, w in weights.items() if n != "vision_decoder.norm.weight"}
+    with pytest.raises(CheckpointError, match=r"missing: vision_decoder\.norm\.weight"):
+        load(config, without)
+    with pytest.raises(CheckpointError, match="unexpected: surplus"):
+        load(config, weights | {"surplus": np.zeros(1, np.float32)})
+    with pytest.raises(CheckpointError, match=r"logit_scale is \[1\], expected \[\]"):
+        load(config, weights | {"logit_scale": np.zeros(1, np.float32)})
+
+
+def test_rotary_turns_pairs_and_leaves_leading_tokens() -> None:
+    x = np.arange(5 * 8, dtype=np.float32).reshape(1, 5, 1, 8)
+    turned = np.array(Rotary((2, 2), 8, leading=1)(mx.array(x)))
+    np.testing.assert_array_equal(turned[0, 0], x[0, 0])
+    # The last patch stands at row 8 and column 8; frequencies are 1 and 1/100.
+    for pair, angle in enumerate((8.0, 0.08, 8.0, 0.08)):
+        x0, x1 = x[0, 4, 0, 2 * pair : 2 * pair + 2].tolist()
+        expected = complex(x0, x1) * complex(np.cos(angle), np.sin(angle))
+        actual = turned[0, 4, 0, 2 * pair : 2 * pair + 2].tolist()
+        np.testing.assert_allclose(actual, [expected.real, expected.imag], rtol=1e-5)
+
+
+def test_patchify_equals_the_reference_and_is_undone() -> None:
+    pixels = np.random.default_rng(0).standard_normal((2, 3, 35, 35), np.float32)
+    patches = patchify(mx.array(pixels), 7)
+    np.testing.assert_array_equal(np.array(patches), reference.patchify(pixels, 7))
+    np.testing.assert_array_equal(np.array(unpatchify(patches, 7, (5, 5))), pixels)
+
+
+# -- kernels -----------------------------------------------------------------------------------
+
+
+def test_gelu_is_the_exact_one() -> None:
+    x = np.linspace(-6, 6, 4001, dtype=np.float32)
+    np.testing.assert_allclose(np.array(gelu(mx.array(x))), reference.gelu(x), rtol=0, atol=1e-6)
+
+
+def test_exp2_is_a_float32_rounding_away() -> None:
+    t = np.linspace(-126, 126, 200_003, dtype=np.float32)
+    exact = np.exp2(t.astype(np.float64))
+    np.testing.assert_allclose(np.array(exp2(mx.array(t))), exact, rtol=3e-7)
+    assert np.array(exp2(mx.array([-1000.0, -np.inf]))).max() < 2e-38
+    assert np.isnan(np.array(exp2(mx.array([np.nan])))).all()
+
+
+def test_silu_of_the_cpu_equals_the_fused_one() -> None:
+    x = np.concatenate([np.linspace(-300, 300, 6001), [0, -1e30, 1e30]]).astype(np.float32)
+    exact = x / (1 + np.exp(-x.astype(np.float64).clip(-700)))
+    for silu in (silu_fused, silu_polynomial):
+        np.testing.assert_allclose(np.array(silu(mx.array(x))), exact, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 20.0])
+def test_attention_of_the_cpu_equals_the_fused_one(causal: bool, scale: float) -> None:
+    generator = np.random.default_rng(0)
+    q, k, v = (mx.array(generator.standard_normal((2, 3, 17, 8), np.float32)) for _ in range(3))
+    fused = np.array(attend_fused(scale * q, k, v, causal))
+    np.testing.assert_allclose(
+        np.array(attend_polynomial(scale * q, k, v, causal)), fused, rtol=0, atol=2e-6 * scale
+    )
+
+
+def test_both_sets_of_kernels_give_the_same_model() -> None:
+    config = CONFIGURATIONS["swiglu_text"]
+    weights, ids = random_weights(config), random_ids(config, 3)
+    pooled = mx.array(reference.pooled_position(ids, config.text_config.eos_token_id))
+    ours, plain = (
+        load(config, weights, kernels=kernels).embed_text(mx.array(ids), pooled)
+        for kernels in (POLYNOMIAL, FUSED)
+    )
+    np.testing.assert_allclose(np.array(ours), np.array(plain), rtol=0, atol=1e-5)
