@@ -1,0 +1,1 @@
+"""The `qlip` command: parses, calls qlip_core, prints."""

@@ -1,0 +1,115 @@
+"""`qlip classify`: which of some labels fits an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Json, ModelName, Revision
+from qlip_cli.terminal import print_bars, print_json, print_line, print_table, progress
+
+_CHARTS = 10  # images; more are one line each
+
+
+def classify(
+    images: options.Images,
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--labels", "-l", metavar="A,B,...", help="Labels, separated by commas."),
+    ] = None,
+    labels_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Labels, one a line (may hold commas).")
+    ] = None,
+    template: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--template",
+            "-t",
+            metavar="TEXT",
+            help="What is said of a label, as in 'a photo of {}'; several are averaged.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(metavar="N", min=1, help="Labels to show.")] = 10,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    json: Json = False,
+) -> None:
+    """Say which of some labels fits an image.
+
+    IMAGE is an image file, a folder or a glob. The probabilities of an image sum to 1 over the
+    labels.
+    """
+    files = collect_images(images)
+    choices = collect_labels(labels or [], labels_file)
+    network = options.load_model(model, revision, backend, device, dtype)
+    classes = network.embed_labels(choices, template or ["{}"])
+
+    from qlip_core.model import softmax
+
+    failures = Failures(files)
+    results: list[tuple[str, list[tuple[str, float]]]] = []
+    with progress("classifying", len(files)) as advance:
+        for positions, pixels in network.batches([f.path for f in files], batch_size, failures):
+            vectors = network.embed_images(pixels, batch_size=batch_size)
+            logits = network.logit_scale * vectors @ classes.T
+            for position, shares in zip(positions, softmax(logits).tolist()):
+                ranked = sorted(zip(choices, shares), key=lambda choice: -choice[1])
+                # Thousands of labels for thousands of images need not stay in memory.
+                results.append((files[position].name, ranked if json else ranked[:top]))
+            advance(len(positions))
+    failures.check_some_left()
+
+    if json:
+        found = [
+            {"image": name, "label": ranked[0][0], "probabilities": dict(ranked)}
+            for name, ranked in results
+        ]
+        print_json({"labels": choices, "images": found, "failed": failures.as_json()})
+    elif len(results) > _CHARTS:
+        rows = [(name, *ranked[0]) for name, ranked in results]
+        print_table(
+            [(name, label, f"{100 * share:.1f} %") for name, label, share in rows],
+            ("image", "label", "probability"),
+        )
+    else:
+        for i, (name, ranked) in enumerate(results):
+            if i:
+                print_line("")
+            print_line(name)
+            print_bars(ranked)
+    failures.tell()
+    raise typer.Exit(failures.exit_code())
+
+
+def collect_labels(given: list[str], file: Path | None) -> list[str]:
+    """All labels once, in order. Raises TextError if there are none, or the file cannot be read."""
+    from qlip_core.errors import TextError
+
+    labels = [label.strip() for text in given for label in text.split(",")]
+    if file is not None:
+        labels += read_lines(file)
+    labels = list(dict.fromkeys(label for label in labels if label))
+    if not labels:
+        raise TextError('no labels: give them with --labels "a cat,a dog" or --labels-file FILE')
+    return labels
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, stripped. Raises TextError if it is not one."""
+    from qlip_core.errors import TextError
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise TextError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
+    return [line.strip() for line in lines if line.strip()]

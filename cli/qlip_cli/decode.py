@@ -1,0 +1,140 @@
+"""`qlip decode`: token files to pictures."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.outputs import PictureFolder, picture_file, safe_names, save_picture
+from qlip_cli.terminal import count_text, print_json, print_line, progress
+
+if TYPE_CHECKING:
+    from qlip_core import Model, VisualTokens
+
+    TokenFiles = list[tuple[Path, VisualTokens]]
+
+
+def decode(
+    tokens: Annotated[
+        list[str],
+        typer.Argument(metavar="TOKENS", hidden=True),
+    ],
+    output: Annotated[
+        Path | None,
+        options.output(
+            "Picture for one image, folder for several (default: TOKENS-decoded.png, or TOKENS-decoded)."
+        ),
+    ] = None,
+    any_model: Annotated[
+        bool,
+        typer.Option("--any-model", help="Also decode tokens that another tokenizer made."),
+    ] = False,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn tokens back into pictures.
+
+    TOKENS is a .qlip file or a glob. One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
+    suffix of OUT may also be .jpg, .webp, .bmp or .tiff.
+    """
+    files = load_token_files(tokens)
+    count = sum(len(part) for _, part in files)
+    stem = f"{files[0][0].stem}-decoded" if len(files) == 1 else "decoded"
+    out = Path(f"{stem}.png" if count == 1 else stem) if output is None else output
+    single = count == 1 and not out.is_dir()
+    picture = picture_file(out, [path for path, _ in files], force=force) if single else None
+    folder = None if single else PictureFolder(out, safe_names(wishes(files)), force=force)
+
+    network = options.load_model(model, revision, backend, device, dtype)
+    for path, part in files:
+        check_fit(network, path, part, any_model)
+    written: list[Path] = []
+    with progress("decoding", count) as advance:
+        if picture is not None:
+            [part] = [part for _, part in files if len(part)]
+            save_picture(picture, network.decode(part, any_model=any_model)[0])
+            written.append(picture)
+        if folder is not None:
+            decode_into(folder, network, files, batch_size, advance)
+            written += [out / name for name in folder.names]
+
+    size = network.config.image_size
+    if json:
+        document = {"output": str(out if single is False else picture), "images": count}
+        print_json(document | {"size": size, "files": [str(path) for path in written]})
+    else:
+        what = f"{count_text(count, 'image')}, {size}x{size} pixels"
+        print_line(f"{picture or out}: {what}")
+
+
+def load_token_files(arguments: Sequence[str]) -> TokenFiles:
+    """Every token file, read and checked. Raises TokenFileError for one that is bad or all empty."""
+    from qlip_core import VisualTokens
+    from qlip_core.errors import TokenFileError
+
+    files: TokenFiles = []
+    for argument in arguments:
+        path = Path(argument)
+        if path.is_dir():
+            raise TokenFileError(f"{path}: is a folder; name the .qlip files in it")
+        matches = [path]
+        if not path.exists() and glob.has_magic(argument):
+            matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+            if not matches:
+                raise TokenFileError(f"{argument}: no file matches this pattern")
+        files += [(match, VisualTokens.load(match)) for match in matches]
+    if not any(len(part) for _, part in files):
+        raise TokenFileError(f"{files[0][0]}: holds no images: nothing to decode")
+    return files
+
+
+def wishes(files: TokenFiles) -> list[str]:
+    """What the images would like to be called: their names, or their file's and a number."""
+    return [
+        name
+        for path, part in files
+        for name in part.names or (f"{path.stem}-{i:05}" for i in range(1, len(part) + 1))
+    ]
+
+
+def check_fit(network: Model, path: Path, tokens: VisualTokens, any_model: bool) -> None:
+    """Raises TokenFileError, naming the file, if the model cannot decode its tokens."""
+    from qlip_core.errors import TokenFileError
+
+    try:
+        network.decode(tokens[:0], any_model=any_model)
+    except TokenFileError as error:
+        raise TokenFileError(f"{path}: {error}") from None
+
+
+def decode_into(
+    folder: PictureFolder,
+    network: Model,
+    files: TokenFiles,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> None:
+    """Decode all images of the files into the folder, batch by batch."""
+    number = 0
+    with folder:
+        for _, part in files:
+            for start in range(0, len(part), batch_size):
+                # The fit was checked before, and any_model with it.
+                pictures = network.decode(part[start : start + batch_size], any_model=True)
+                for pixels in pictures:
+                    folder.add(number, pixels)
+                    number += 1
+                advance(len(pictures))
+        folder.show()

@@ -1,0 +1,138 @@
+"""`qlip embed`: images and texts to unit vectors of one space."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.classify import read_lines
+from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.outputs import output_file, writing
+from qlip_cli.terminal import count_text, print_json, print_line, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_PRINTED = 16
+
+
+def embed(
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGE", hidden=True),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option("--text", "-t", metavar="TEXT", help="A text; repeatable.")
+    ] = None,
+    texts_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts, one a line.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        options.output("A .npy or .safetensors file."),
+    ] = None,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn images and texts into unit vectors of one space.
+
+    IMAGE is an image file, a folder or a glob. The dot product of two vectors says how well they
+    fit. Without -o up to 16 vectors are printed as JSON. A .safetensors file holds the tensor `embeddings` [B, P] and the names in its metadata; beside a
+    .npy file the names go to a .json of the same name. Images come first, then texts.
+    """
+    from qlip_core.errors import QlipError
+
+    files = collect_images(images) if images else []
+    texts = [*(text or []), *(read_lines(texts_file) if texts_file else [])]
+    count = len(files) + len(texts)
+    if not count:
+        raise QlipError("nothing to embed: name images, or give --text TEXT")
+    if output is None and count > MAX_PRINTED:
+        raise QlipError(f"{count} vectors are too many to print: name a file with -o")
+    outputs = check_outputs(output, [f.path for f in files], force) if output else []
+    network = options.load_model(model, revision, backend, device, dtype)
+
+    import numpy as np
+
+    # Texts first: that a checkpoint has no tokenizer is known before any image is read.
+    text_vectors = network.embed_texts(texts, batch_size=4 * batch_size) if texts else None
+    failures = Failures(files)
+    rows: list[np.ndarray] = []
+    names: list[str] = []
+    with progress("embedding", len(files)) as advance:
+        for positions, pixels in network.batches([f.path for f in files], batch_size, failures):
+            rows.append(network.embed_images(pixels, batch_size=batch_size))
+            names += [files[i].name for i in positions]
+            advance(len(positions))
+    kinds = ["image"] * len(names)
+    if text_vectors is None:
+        failures.check_some_left()
+    else:
+        rows.append(text_vectors)
+        names += texts
+        kinds += ["text"] * len(texts)
+    vectors = np.concatenate(rows)
+
+    if not outputs:
+        items = [
+            # The shortest decimals that give the same float32.
+            {"name": name, "kind": kind, "embedding": [float(str(x)) for x in vector]}
+            for name, kind, vector in zip(names, kinds, vectors)
+        ]
+        print_json(
+            {"model": network.fingerprint, "embeddings": items, "failed": failures.as_json()}
+        )
+    else:
+        metadata = {"names": names, "kinds": kinds, "model": network.fingerprint}
+        save(outputs, vectors, metadata)
+        if json:
+            shape = {"vectors": len(vectors), "width": vectors.shape[1]}
+            print_json({"output": str(outputs[0]), **shape, "failed": failures.as_json()})
+        else:
+            what = f"{count_text(len(vectors), 'vector')} of {vectors.shape[1]} numbers"
+            beside = f"; names in {outputs[1]}" if len(outputs) > 1 else ""
+            print_line(f"{outputs[0]}: {what}{beside}")
+    failures.tell()
+    raise typer.Exit(failures.exit_code())
+
+
+def check_outputs(output: Path, inputs: list[Path], force: bool) -> list[Path]:
+    """The files that will be written: one, or a .npy and its .json."""
+    from qlip_core.errors import QlipError
+
+    if output.suffix not in (".npy", ".safetensors"):
+        raise QlipError(f"{output}: embeddings are written as .npy or .safetensors")
+    names = [output] if output.suffix == ".safetensors" else [output, output.with_suffix(".json")]
+    return [output_file(path, path.name, force=force, inputs=inputs) for path in names]
+
+
+def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:
+    """Write float32 [B, P] with its names. No pickle in either format."""
+    import numpy as np
+
+    from qlip_core.tensorfile import atomic_file, write_tensors
+
+    with writing(outputs[0]):
+        if outputs[0].suffix == ".safetensors":
+            strings = {
+                key: value if isinstance(value, str) else jsonlib.dumps(value)
+                for key, value in metadata.items()
+            }
+            write_tensors(outputs[0], {"embeddings": vectors}, metadata=strings)
+            return
+        # The names first: vectors without them are worth less than the other way round.
+        with atomic_file(outputs[1]) as file:
+            file.write(jsonlib.dumps(metadata, indent=2).encode())
+        with atomic_file(outputs[0]) as file:
+            np.save(file, vectors, allow_pickle=False)

@@ -1,0 +1,88 @@
+"""`qlip encode`: images to a token file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.outputs import output_file, writing
+from qlip_cli.terminal import count_text, print_json, print_line, progress, size_text
+
+
+def encode(
+    images: options.Images,
+    output: Annotated[
+        Path | None,
+        options.output(
+            "Token file (default: IMAGE.qlip, FOLDER.qlip, or tokens.qlip for several)."
+        ),
+    ] = None,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Turn images into tokens: one .qlip file for all of them.
+
+    IMAGE is an image file, a folder (all images below it) or a glob. A folder's images keep their paths inside it as names. An image that cannot be read is left out
+    and listed, and the exit status is 1.
+    """
+    files = collect_images(images)
+    path = output_file(
+        output, default_name(images, len(files)), force=force, inputs=[f.path for f in files]
+    )
+    network = options.load_model(model, revision, backend, device, dtype)
+
+    from qlip_core import VisualTokens
+
+    failures = Failures(files)
+    parts: list[VisualTokens] = []
+    names: list[str] = []
+    with progress("encoding", len(files)) as advance:
+        for positions, tokens in network.encode_batches(
+            [f.path for f in files], batch_size=batch_size, on_error=failures
+        ):
+            parts.append(tokens)
+            names += [files[i].name for i in positions]
+            advance(len(positions))
+    failures.check_some_left()
+    joined = VisualTokens.concatenate(parts)
+    tokens = VisualTokens(joined.packed, joined.length, joined.grid, joined.model, tuple(names))
+    with writing(path):
+        tokens.save(path)
+    h, w = tokens.grid
+    each = tokens.packed.shape[1]
+    if json:
+        print_json(
+            {
+                "output": str(path),
+                "images": len(tokens),
+                "grid": [h, w],
+                "length": tokens.length,
+                "bytes_per_image": each,
+                "model": tokens.model,
+                "failed": failures.as_json(),
+            }
+        )
+    else:
+        code = f"{h}x{w} patches of {tokens.length} bits, {size_text(each)}"
+        print_line(f"{path}: {count_text(len(tokens), 'image')}, each {code}")
+    failures.tell()
+    raise typer.Exit(failures.exit_code())
+
+
+def default_name(arguments: list[str], count: int) -> str:
+    """IMAGE.qlip for one image, FOLDER.qlip for one folder, tokens.qlip otherwise."""
+    path = Path(arguments[0])
+    if len(arguments) == 1 and path.is_dir():
+        return f"{path.resolve().name or 'tokens'}.qlip"
+    return f"{path.stem}.qlip" if len(arguments) == 1 and path.is_file() else "tokens.qlip"

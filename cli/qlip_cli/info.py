@@ -1,0 +1,260 @@
+"""`qlip info`: what a model is, or what a token file holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.options import Device, Json, ModelName, Revision
+from qlip_cli.terminal import (
+    count_text,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    size_text,
+)
+
+if TYPE_CHECKING:
+    from qlip_core import Checkpoint, QLIPConfig
+
+_FIRST = 5  # names shown of a token file
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def info(
+    target: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL|TOKENS.qlip", hidden=True),
+    ] = None,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend",
+            "-b",
+            metavar="NAME",
+            show_default=False,
+            help="Also say how the model runs there.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            show_default=False,
+            help="And in this type; with int8 or int4, what stays unquantized.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Describe a model or a token file.
+
+    Without either, the model that ships with qlip. No weights are loaded unless --backend or
+    --dtype ask how the model runs.
+    """
+    from qlip_core.errors import QlipError
+
+    if target is not None and model is not None:
+        raise QlipError(f"two models named, {target} and --model {model}: name one")
+    if target is not None and is_token_file(Path(target)):
+        describe_tokens(Path(target), json)
+        return
+    options.quiet_hub()
+    from qlip_core import open_checkpoint
+
+    name = target if target is not None else model
+    checkpoint = open_checkpoint(name, revision)
+    document = model_document(checkpoint)
+    if backend is not None or dtype is not None:
+        document["runs"] = how_it_runs(name, revision, backend, device, dtype)
+    if json:
+        print_json(document)
+    else:
+        print_model(document)
+
+
+# -- token files -------------------------------------------------------------------------------
+
+
+def is_token_file(path: Path) -> bool:
+    """A `.qlip` file, or one of another name that says in its header that it holds tokens."""
+    from qlip_core.errors import CheckpointError
+    from qlip_core.tensorfile import TensorFile
+    from qlip_core.tokens import FORMAT
+
+    if path.suffix == ".qlip":
+        return True
+    if not path.is_file():
+        return False
+    try:
+        return TensorFile(path).metadata.get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+def describe_tokens(path: Path, json: bool) -> None:
+    from qlip_core import VisualTokens
+
+    tokens = VisualTokens.load(path)
+    h, w = tokens.grid
+    document = {
+        "tokens": str(path),
+        "images": len(tokens),
+        "grid": [h, w],
+        "length": tokens.length,
+        "bytes_per_image": tokens.packed.shape[1],
+        "file_bytes": path.stat().st_size,
+        "model": tokens.model or None,
+        "names": list(tokens.names),
+    }
+    if json:
+        print_json(document)
+        return
+    shown = list(tokens.names[:_FIRST])
+    more = f" and {len(tokens.names) - _FIRST:,} more" if len(tokens.names) > _FIRST else ""
+    print_line(str(path))
+    print_facts(
+        [
+            ("images", f"{len(tokens):,}"),
+            ("code", f"{h}x{w} patches of {tokens.length} bits"),
+            ("size", f"{size_text(document['bytes_per_image'])} an image, "
+                     f"{size_text(document['file_bytes'])} in all"),
+            ("made by", tokens.model or "not stated: any model of these sizes decodes it"),
+            ("names", ", ".join(shown) + more if shown else "none"),
+        ],
+        indent=2,
+    )  # fmt: skip
+
+
+# -- models ------------------------------------------------------------------------------------
+
+
+def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    from qlip_core.hub import hub_id
+
+    config = checkpoint.config
+    groups = config.code_dim // config.group_size
+    code: dict[str, Any] = {"quantizer": config.vision_config.quantizer}
+    if config.quantizes:
+        code |= {
+            "bits_per_patch": config.code_dim,
+            "bits_per_token": config.group_size,
+            "tokens_per_patch": groups,
+            "tokens_per_image": config.num_patches * groups,
+            "bytes_per_image": (config.num_patches * config.code_dim + 7) // 8,
+            "compression_ratio": config.compression_ratio,
+        }
+    towers = towers_of(config)
+    return {
+        "model": hub_id(checkpoint.folder) or str(checkpoint.folder),
+        "image_size": config.image_size,
+        "patch_size": config.vision_config.patch_size,
+        "grid": list(config.grid),
+        "code": code,
+        "towers": towers,
+        "parameters": sum(tower["parameters"] for tower in towers),
+        "embedding_width": config.projection_dim,
+        "stored_dtypes": sorted(_STORED[name] for name in checkpoint.stored_dtypes),
+        "stored_bytes": checkpoint.stored_bytes,
+        "tokenizer": checkpoint.tokenizer is not None,
+        "fingerprint": checkpoint.fingerprint,
+        "license": checkpoint.license,
+        "note": checkpoint.note,
+    }
+
+
+def towers_of(config: QLIPConfig) -> list[dict[str, Any]]:
+    """Layers, width, heads and parameters of the three towers and of the bottleneck between."""
+    from qlip_core.architecture import parameter_count
+
+    count = parameter_count(config)
+    named = (
+        ("text encoder", config.text_config, count["text"]),
+        ("visual encoder", config.vision_config, count["encoder"]),
+        ("bottleneck", None, count["down"] + count["up"]),
+        ("visual decoder", config.decoder_config, count["decoder"]),
+    )
+    return [
+        {
+            "name": name,
+            "layers": tower.num_hidden_layers if tower else None,
+            "width": tower.hidden_size if tower else None,
+            "heads": tower.num_attention_heads if tower else None,
+            "mlp_width": tower.intermediate_size if tower else None,
+            "parameters": parameters,
+        }
+        for name, tower, parameters in named
+    ]
+
+
+def how_it_runs(
+    name: str | None, revision: str | None, backend: str | None, device: str, dtype: str | None
+) -> dict[str, Any]:
+    """Backend, device and dtype as they are chosen, and what weight quantization leaves as it was."""
+    model = options.load_model(name, revision, backend or "auto", device, dtype or "float32")
+    out: dict[str, Any] = {"backend": model.backend, "device": model.device, "dtype": model.dtype}
+    if model.dtype in ("int8", "int4"):
+        # Only MLX's network has weights of these types, and so a list of what is not.
+        out["unquantized"] = model.network.unquantized()  # type: ignore[attr-defined]
+    return out
+
+
+def print_model(document: dict[str, Any]) -> None:
+    side, patch, (h, w) = document["image_size"], document["patch_size"], document["grid"]
+    code = document["code"]
+    facts = [("images", f"{side}x{side} pixels, {h}x{w} patches of {patch}x{patch}")]
+    if code["quantizer"] == "none":
+        facts.append(("code", "continuous: this model has no quantizer, so no tokens"))
+    else:
+        per_patch = f"{code['tokens_per_patch']} x {code['bits_per_token']} bits"
+        facts += [
+            ("code", f"{code['bits_per_patch']} bits a patch ({per_patch})"),
+            ("tokens", f"{count_text(code['tokens_per_image'], 'token')} an image, each one of "
+                       f"{2 ** code['bits_per_token']:,}"),
+            ("size", f"{size_text(code['bytes_per_image'])} an image, "
+                     f"{code['compression_ratio']:.1f} times less than its RGB pixels"),
+        ]  # fmt: skip
+    stored = f"{'/'.join(document['stored_dtypes'])}, {size_text(document['stored_bytes'])}"
+    facts += [
+        ("parameters", f"{count_short(document['parameters'])}, stored as {stored}"),
+        ("embedding", f"{document['embedding_width']} numbers"),
+        ("tokenizer", "present" if document["tokenizer"] else "absent: token ids only, no strings"),
+        ("fingerprint", document["fingerprint"]),
+        ("licence", document["license"] or "not stated"),
+    ]
+    if document["note"]:
+        facts.append(("note", document["note"]))
+    print_line(document["model"])
+    print_facts(facts, indent=2)
+    print_line("")
+    columns = ("layers", "width", "heads", "mlp_width")
+    print_table(
+        [
+            (t["name"], *(str(t[c] or "") for c in columns), count_short(t["parameters"]))
+            for t in document["towers"]
+        ],
+        ("tower", "layers", "width", "heads", "MLP", "parameters"),
+        indent=2,
+    )
+    if runs := document.get("runs"):
+        print_line("")
+        lines = [("runs on", f"{runs['backend']}, {runs['device']}, {runs['dtype']}")]
+        if "unquantized" in runs:
+            names = (re.sub(r"\.layers\.\d+\.", ".layers.*.", name) for name in runs["unquantized"])
+            lines.append(("unquantized", ", ".join(dict.fromkeys(names)) or "nothing"))
+        print_facts(lines, indent=2)
+
+
+def count_short(count: int) -> str:
+    """239.4 M, 61.2 k, 512."""
+    for unit, scale in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return str(count)

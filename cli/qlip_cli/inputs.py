@@ -1,0 +1,113 @@
+"""From arguments to images: files, folders and globs; and what to do with those that are bad."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlip_cli.terminal import note
+
+if TYPE_CHECKING:
+    from qlip_core.errors import ImageError
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to read, and what it is called in results and token files."""
+
+    path: Path
+    name: str
+
+
+def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
+    """All images that the arguments stand for, in order.
+
+    Files are taken as they are, whatever their suffix (also those that do not exist: they are
+    reported with the bad ones). A folder stands for the image files below it, called by their path
+    inside it, and a glob that the shell left alone for the images and folders that match. Raises
+    ImageError for a folder or a glob without images.
+    """
+    found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
+    return found
+
+
+def _expand(argument: str, alone: bool) -> list[ImageFile]:
+    from qlip_core.errors import ImageError
+    from qlip_core.images import SUFFIXES
+
+    path = Path(argument)
+    if path.is_dir():
+        images = _in_folder(path, alone)
+        if not images:
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise ImageError(f"{argument}: no images in this folder (looked for {kinds})")
+        return images
+    if path.exists() or not glob.has_magic(argument):
+        return [ImageFile(path, _own_name(path))]
+    images = []
+    for match in map(Path, sorted(glob.glob(argument, recursive=True))):
+        if match.is_dir() and "**" not in argument:
+            images += _in_folder(match, False)
+        elif match.suffix.lower() in SUFFIXES and match.is_file():
+            images.append(ImageFile(match, _own_name(match)))
+    if not images:
+        raise ImageError(f"{argument}: no image matches this pattern")
+    return images
+
+
+def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
+    from qlip_core.images import find_images
+
+    # Beside other arguments two folders may hold the same names, so the folder's own goes first.
+    prefix = "" if alone else f"{folder.resolve().name}/"
+    return [
+        ImageFile(path, prefix + path.relative_to(folder).as_posix())
+        for path in find_images(folder)
+    ]
+
+
+def _own_name(path: Path) -> str:
+    """The path as typed, if it leads downwards from here, else its last part."""
+    down = not path.is_absolute() and ".." not in path.parts
+    return path.as_posix() if down else path.name
+
+
+@dataclass
+class Failures:
+    """Images that could not be read: given to the core as `on_error`, told about at the end."""
+
+    images: list[ImageFile]
+    errors: dict[int, ImageError] = field(default_factory=dict)
+
+    def __call__(self, position: int, error: ImageError) -> None:
+        self.errors[position] = error
+
+    def check_some_left(self) -> None:
+        """Raises ImageError if no image was good, after listing them all."""
+        from qlip_core.errors import ImageError
+
+        if len(self.errors) < len(self.images):
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        self.tell()
+        raise ImageError(f"none of the {len(self.images)} images could be read: nothing was done")
+
+    def tell(self) -> None:
+        """List the bad ones on stderr."""
+        if self.errors:
+            note(f"{len(self.errors)} of {len(self.images)} images could not be read:")
+        for _, error in sorted(self.errors.items()):
+            note(f"  {error}")
+
+    def as_json(self) -> list[dict[str, Any]]:
+        return [
+            {"image": self.images[position].name, "error": str(error)}
+            for position, error in sorted(self.errors.items())
+        ]
+
+    def exit_code(self) -> int:
+        return 1 if self.errors else 0

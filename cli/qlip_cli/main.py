@@ -1,0 +1,137 @@
+"""The `qlip` command: which commands there are, and what becomes of errors.
+
+A command is a function in a file of its own and one line here; a group of commands is a
+`typer.Typer` in a file of its own and one `add_typer` line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from qlip_cli.classify import classify
+from qlip_cli.decode import decode
+from qlip_cli.doctor import doctor
+from qlip_cli.embed import embed
+from qlip_cli.encode import encode
+from qlip_cli.info import info
+from qlip_cli.reconstruct import reconstruct
+from qlip_cli.terminal import note, print_error
+
+USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: qlip encode photo.png && qlip decode photo.qlip",
+)
+
+app.command(epilog="Example: qlip encode photos/ -o photos.qlip")(encode)
+app.command(epilog="Example: qlip decode photos.qlip -o again/")(decode)
+app.command(epilog="Example: qlip reconstruct a.png b.jpg")(reconstruct)
+app.command(epilog='Example: qlip classify a.png -l "a cat,a dog"')(classify)
+app.command(epilog="Example: qlip embed photos/ -o photos.safetensors")(embed)
+app.command(epilog="Example: qlip info photos.qlip")(info)
+app.command(epilog="Example: qlip doctor --backend mlx")(doctor)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        print(f"qlip {version('qlip')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error came from. Goes after any command.")
+    ] = False,
+) -> None:
+    """QLIP: one visual tokenizer that reconstructs images and understands them."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0; 1 where some inputs failed; 2 for what the
+    user can mend; 70 for a bug; 130 when interrupted; 141 when nobody reads stdout any more."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _make_lenient(sys.stdout)
+    _make_lenient(sys.stderr)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"] or ["--help"]
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes stdout once more at exit, which must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except KeyboardInterrupt:
+        note("interrupted")
+        return INTERRUPTED
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        text, code = explain(error)
+        print_error(text)
+        return code
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(arguments, prog_name="qlip", standalone_mode=False)
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except SystemExit as stop:  # typer's way to leave when a pipe breaks
+        raise BrokenPipeError from stop
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    return code if isinstance(code, int) else 0
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(what to tell the user in one line, exit status)."""
+    usage = typer.BadParameter.__mro__[1]  # click's UsageError, which typer carries with it
+    if isinstance(error, usage):
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "qlip"
+        text = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
+        stop = "" if text.endswith("?") else ";"
+        return f"{text[:1].lower()}{text[1:]}{stop} see `{where} --help`", USER_ERROR
+    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+        return "out of memory: lower --batch-size, or use a smaller model", USER_ERROR
+    if isinstance(error, OSError):
+        reason = (error.strerror or str(error)).lower()
+        return (f"{error.filename}: {reason}" if error.filename else reason), USER_ERROR
+    if isinstance(
+        error, ValueError
+    ):  # all of qlip_core.errors, and what the core says of arguments
+        return str(error), USER_ERROR
+    kind = type(error).__name__
+    return f"internal: {kind}: {error}: this is a bug; --debug shows where it happened", BUG
+
+
+def _make_lenient(stream: object) -> None:
+    """File names need not be Unicode, nor terminals show all of it: neither ends a run."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Options that several commands share, and the loading of the model they name.
+
+qlip_core is imported inside functions here and in every command, so that help needs no numpy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from qlip_core import Model
+
+Images = Annotated[
+    list[str],
+    typer.Argument(metavar="IMAGE", hidden=True),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        show_default=False,
+        help="Folder, .safetensors file or hub id (default: the model that ships with qlip).",
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        show_default=False,
+        help="Branch, tag or commit of a hub id.",
+    ),
+]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        "-b",
+        metavar="NAME",
+        help="auto, torch, mlx or numpy.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="As `qlip doctor` lists them."),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="TYPE",
+        help="float32, bfloat16, float16; mlx also int8, int4.",
+    ),
+]
+BatchSize = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Images at a time."),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", "-f", help="Overwrite what exists."),
+]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document."),
+]
+
+
+def output(what: str) -> typer.models.OptionInfo:
+    """`-o OUT`, described by each command in its own words."""
+    return typer.Option("--output", "-o", metavar="OUT", show_default=False, help=what)
+
+
+def load_model(
+    model: str | None, revision: str | None, backend: str, device: str, dtype: str
+) -> Model:
+    """`qlip_core.load`, without the hub's progress bars where nobody looks at a terminal."""
+    quiet_hub()
+    import qlip_core
+
+    return qlip_core.load(model, backend=backend, device=device, dtype=dtype, revision=revision)
+
+
+def quiet_hub() -> None:
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

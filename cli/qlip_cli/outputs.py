@@ -1,0 +1,198 @@
+"""Where results go: names, what may not be overwritten, and files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+
+def output_file(
+    out: Path | None, default: str, *, force: bool, inputs: Iterable[Path] = ()
+) -> Path:
+    """The file to write: `out`, or `default` in it if it is a folder, or here.
+
+    Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs,
+    or lies in a folder that is absent or cannot be written to.
+    """
+    from qlip_core.errors import QlipError
+
+    path = Path(default) if out is None else out / default if out.is_dir() else out
+    if path.is_dir():
+        raise QlipError(f"{path}: is a folder; name a file with -o")
+    if path.exists():
+        if any(same_file(path, given) for given in inputs):
+            raise QlipError(f"{path}: is one of the inputs; name another output with -o")
+        if not force:
+            raise QlipError(f"{path}: exists already; name another with -o, or overwrite: --force")
+    check_writable(path.parent, path)
+    return path
+
+
+def check_writable(folder: Path, path: Path) -> None:
+    """Raises QlipError if no file can be made in `folder` for the output `path`."""
+    from qlip_core.errors import QlipError
+
+    if not folder.is_dir():
+        problem = "is not a folder" if folder.exists() else "does not exist: create it first"
+        raise QlipError(f"{path}: cannot be written, {folder} {problem}")
+    try:
+        # Only trying tells: root may write where the mode says no, and nowhere on a read-only disk.
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise QlipError(
+            f"{path}: cannot be written, {_reason(error)} in the folder {folder}: "
+            "choose another with -o"
+        ) from None
+
+
+def same_file(a: Path, b: Path) -> bool:
+    try:
+        return a.samefile(b)
+    except OSError:
+        return False
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the system says while `path` is written into one line about `path`."""
+    from qlip_core.errors import QlipError
+
+    try:
+        yield
+    except OSError as error:
+        hint = ": free some, or write elsewhere with -o" if error.errno == errno.ENOSPC else ""
+        raise QlipError(f"{path}: cannot be written ({_reason(error)}){hint}") from error
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def picture_file(path: Path, inputs: Iterable[Path], *, force: bool) -> Path:
+    """`output_file` for a picture: a name without a suffix becomes a PNG, and a suffix that is not
+    of a picture this command writes is a QlipError."""
+    from qlip_core.errors import QlipError
+
+    if not path.suffix:
+        path = path.with_name(f"{path.name}.png")
+    if path.suffix.lower() not in PICTURES:
+        raise QlipError(f"{path}: pictures are written as one of {', '.join(PICTURES)}")
+    return output_file(path, path.name, force=force, inputs=inputs)
+
+
+def save_picture(path: Path, picture: Image.Image | np.ndarray) -> None:
+    """Write a picture, or pixels uint8 [H, W, 3], whole or not at all."""
+    from PIL import Image
+
+    from qlip_core.tensorfile import atomic_file
+
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    with writing(path), atomic_file(path) as file:
+        image.save(file, kind, **({"quality": 95} if kind == "JPEG" else lossless))
+
+
+def safe_names(names: Iterable[str]) -> list[str]:
+    """Relative paths `.../*.png`, one for each name, all different, none leading out of its folder.
+
+    Token files come from anywhere, so a name is only a wish: parts that lead elsewhere or that some
+    file system cannot hold are dropped, and repeated names are numbered.
+    """
+    files: set[str] = set()
+    folders: set[str] = set()
+    out = []
+    for number, name in enumerate(names, 1):
+        parts = [part for part in map(_safe_part, name.replace("\\", "/").split("/")) if part]
+        stem = PurePosixPath(*parts[:-1], _stem(parts[-1]) if parts else f"image-{number:05}")
+        if {str(p).lower() for p in stem.parents} & files:
+            stem = PurePosixPath(f"image-{number:05}")
+        path, copy = f"{stem}.png", 2
+        while path.lower() in files or path.lower() in folders:
+            path, copy = f"{stem}-{copy}.png", copy + 1
+        files.add(path.lower())  # one name on a Mac and on Windows
+        folders |= {str(p).lower() for p in PurePosixPath(path).parents}
+        out.append(path)
+    return out
+
+
+def _safe_part(part: str) -> str:
+    kept = "".join(c for c in part if c.isprintable() and c not in '<>:"|?*').strip(" .")
+    while len(kept.encode("utf-8", "replace")) > 200:
+        kept = kept[: len(kept) - 1]
+    return kept
+
+
+def _stem(name: str) -> str:
+    from qlip_core.images import SUFFIXES
+
+    suffix = PurePosixPath(name).suffix
+    return name[: -len(suffix)] if suffix.lower() in SUFFIXES else name
+
+
+class PictureFolder:
+    """A folder of pictures that is filled out of sight and shown when it is complete."""
+
+    def __init__(self, folder: Path, names: list[str], *, force: bool) -> None:
+        """Raises QlipError if a picture exists (without `force`) or the folder cannot be written."""
+        from qlip_core.errors import QlipError
+
+        self.folder, self.names = folder, names
+        if folder.exists() and not folder.is_dir():
+            raise QlipError(f"{folder}: exists and is not a folder; name another with -o")
+        check_writable(folder if folder.is_dir() else folder.parent, folder)
+        for name in names:
+            target = folder / name
+            if folder.is_dir() and not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise QlipError(
+                    f"{target}: leads out of {folder} by a link; choose another with -o"
+                )
+            if target.is_dir() or (target.exists() and not force):
+                raise QlipError(
+                    f"{target}: exists already; name another folder with -o, or overwrite: --force"
+                )
+        hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+        # Inside where it can be: an existing folder may be a disk of its own.
+        self._temporary = folder / hidden if folder.is_dir() else folder.with_name(hidden)
+
+    def __enter__(self) -> PictureFolder:
+        with writing(self.folder):
+            self._temporary.mkdir()
+        return self
+
+    def add(self, number: int, pixels: np.ndarray) -> None:
+        """Write picture `number`: uint8 [S, S, 3]."""
+        from PIL import Image
+
+        path = self._temporary / self.names[number]
+        with writing(self.folder / self.names[number]):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(path)
+
+    def show(self) -> None:
+        """Move everything to its place."""
+        with writing(self.folder):
+            if not self.folder.exists():
+                self._temporary.rename(self.folder)
+                return
+            for name in self.names:
+                (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (self._temporary / name).replace(self.folder / name)
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self._temporary, ignore_errors=True)

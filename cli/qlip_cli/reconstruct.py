@@ -1,0 +1,128 @@
+"""`qlip reconstruct`: images beside what the tokenizer makes of them, as one picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.outputs import picture_file, save_picture
+from qlip_cli.terminal import note, print_json, print_line, print_table, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+MAX_ROWS = 32
+_GAP = 4
+_LABEL = 16
+
+
+def reconstruct(
+    images: options.Images,
+    output: Annotated[
+        Path | None,
+        options.output("Picture (default: IMAGE-reconstructed.png, or reconstructed.png)."),
+    ] = None,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Show images beside their reconstructions, with PSNR and SSIM.
+
+    IMAGE is an image file, a folder or a glob. Inputs are shown as the model sees them, resized and cropped. Several images are rows with
+    labels, 32 at most; PSNR (dB) and SSIM are printed for all.
+    """
+    files = collect_images(images)
+    name = f"{files[0].path.stem}-reconstructed.png" if len(files) == 1 else "reconstructed.png"
+    out = Path(name) if output is None else output
+    out = out / name if out.is_dir() else out
+    path = picture_file(out, [f.path for f in files], force=force)
+    network = options.load_model(model, revision, backend, device, dtype)
+
+    from qlip_core.metrics import psnr, ssim
+
+    failures = Failures(files)
+    scores: list[tuple[str, float, float]] = []
+    rows: list[tuple[str, np.ndarray, np.ndarray]] = []
+    with progress("reconstructing", len(files)) as advance:
+        for positions, pixels in network.batches([f.path for f in files], batch_size, failures):
+            before = network.preprocessing.to_images(pixels)
+            after = network.reconstruct(pixels, batch_size=batch_size)
+            near = zip(psnr(before, after).tolist(), ssim(before, after).tolist())
+            for i, (decibel, similarity) in enumerate(near):
+                label = files[positions[i]].name
+                scores.append((label, decibel, similarity))
+                if len(rows) < MAX_ROWS:
+                    title = f"{label}  {decibel:.2f} dB  SSIM {similarity:.4f}"
+                    rows.append((title, before[i], after[i]))
+            advance(len(positions))
+    failures.check_some_left()
+    save_picture(path, picture_of(rows))
+
+    mean = [
+        sum(column) / len(scores) for column in ([s[1] for s in scores], [s[2] for s in scores])
+    ]
+    if json:
+        each = [{"image": n, "psnr": finite(p), "ssim": s} for n, p, s in scores]
+        print_json(
+            {
+                "output": str(path),
+                "images": each,
+                "mean": {"psnr": finite(mean[0]), "ssim": mean[1]},
+                "failed": failures.as_json(),
+            }
+        )
+    else:
+        table = [(n, f"{p:.2f} dB", f"{s:.4f}") for n, p, s in scores]
+        if len(scores) > 1:
+            table.append(("mean", f"{mean[0]:.2f} dB", f"{mean[1]:.4f}"))
+        print_table(table, ("image", "PSNR", "SSIM"))
+        print_line(f"{path}: input on the left, output on the right")
+    if len(scores) > len(rows):
+        note(f"{path} shows the first {len(rows)} of {len(scores)} images")
+    failures.tell()
+    raise typer.Exit(failures.exit_code())
+
+
+def finite(value: float) -> float | None:
+    """JSON has no infinity, which is the PSNR of equal images."""
+    return value if value < float("inf") else None
+
+
+def picture_of(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
+    """(label, input, output) [S, S, 3] -> one picture, a row each; one row alone has no label."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    side = rows[0][1].shape[0]
+    label = _LABEL if len(rows) > 1 else 0
+    width, height = 2 * side + _GAP, (side + label + _GAP) * len(rows) - _GAP
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for i, (text, before, after) in enumerate(rows):
+        top = i * (side + label + _GAP)
+        if label:
+            draw.text((2, top + 1), _shortened(text, width - 4, font), "black", font)
+        sheet.paste(Image.fromarray(before), (0, top + label))
+        sheet.paste(Image.fromarray(after), (side + _GAP, top + label))
+    return sheet
+
+
+def _shortened(text: str, width: int, font: object) -> str:
+    """The end of a label holds the numbers, so it is cut in front."""
+    measure = font.getlength  # type: ignore[attr-defined]
+    if measure(text) <= width:
+        return text
+    while text and measure("…" + text) > width:
+        text = text[1:]
+    return "…" + text

@@ -1,0 +1,15 @@
+#!/bin/sh
+# What `make demo` runs: a real picture to tokens and back, with MLX, by the commands a user would type.
+set -eu
+BIN="${BIN:-.venv/bin}"
+OUT=demo-out
+PICTURE=docs/images/chelsea.jpg
+mkdir -p "$OUT"
+
+say() { printf '\n$ qlip %s\n' "$*"; "$BIN/qlip" "$@"; }
+
+say encode "$PICTURE" --backend mlx -o "$OUT/chelsea.qlip" --force
+say info "$OUT/chelsea.qlip"
+say decode "$OUT/chelsea.qlip" --backend mlx -o "$OUT/chelsea.png" --force
+say reconstruct "$PICTURE" --backend mlx -o "$OUT/chelsea-both.png" --force
+printf '\nInput beside output: %s\n' "$OUT/chelsea-both.png"
