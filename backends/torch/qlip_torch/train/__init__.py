@@ -1,0 +1,1 @@
+"""Two-stage training of QLIP on PyTorch: objectives, optimizers, and what measures them."""

@@ -1,0 +1,258 @@
+"""LAMB, parameter groups, the schedule, and the finite check.
+
+LAMB (arXiv 1904.00962, algorithm 2) keeps its state in float32 and works on sharded parameters
+(DTensor, as FSDP2 makes them): the update is local, its norms are global.
+"""
+
+# torch's own optimizers are built on _foreach_*, which it does not re-export.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from qlip_core.errors import QlipError, RecipeError
+
+
+class NonFiniteError(QlipError):
+    """A loss term that became NaN or infinite; `terms` names every one that did."""
+
+    def __init__(self, terms: Sequence[str], step: int | None) -> None:
+        at = "" if step is None else f" at step {step}"
+        super().__init__(
+            f"loss term {', '.join(terms)} is not finite{at}; the last checkpoint is kept: resume "
+            "from it with a lower learning rate or a lower gradient clip"
+        )
+        self.terms = tuple(terms)
+
+
+class Lamb(Optimizer):
+    """`w -= lr * trust * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`, per parameter.
+
+    m_hat, v_hat: bias-corrected averages of g and g^2. `trust = |w| / |update|`, or 1 where either
+    norm is 0. Parameters with fewer than two dimensions (biases, norms, scales) have neither decay
+    nor trust ratio: for them this is Adam.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 5e-4,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-6,
+        weight_decay: float = 0.05,
+    ) -> None:
+        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise RecipeError(
+                f"LAMB takes lr >= 0, eps > 0, weight_decay >= 0 and betas in [0, 1), got lr={lr}, "
+                f"eps={eps}, weight_decay={weight_decay}, betas={betas}"
+            )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient. No host sync."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        matrices: list[tuple[Tensor, Tensor, float]] = []
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            directions = self._directions(params, group)
+            plain = [i for i, p in enumerate(params) if p.ndim < 2]
+            if plain:
+                _descend(
+                    [_local(params[i]) for i in plain], [directions[i] for i in plain], group["lr"]
+                )
+            for p, direction in zip(params, directions):
+                if p.ndim >= 2:
+                    if group["weight_decay"]:
+                        direction.add_(_local(p).float(), alpha=group["weight_decay"])
+                    matrices.append((p, direction, group["lr"]))
+        self._step_matrices(matrices)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from `state_dict()`, averages kept in float32 for weights of any dtype."""
+        super().load_state_dict(state_dict)
+        # The base class has cast the averages to their parameter's dtype.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for p, key in zip(group["params"], saved["params"]):
+                if p.dtype != torch.float32 and key in state_dict["state"]:
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        value = state_dict["state"][key][name]
+                        self.state[p][name] = value.to(p.device, torch.float32, copy=True)
+
+    def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """`m_hat / (sqrt(v_hat) + eps)` of each parameter's local part, float32, newly allocated."""
+        beta1, beta2 = group["betas"]
+        for p in params:
+            state = self.state[p]
+            if not state:
+                # On the host, as in torch's Adam: read without a sync, saved like a tensor.
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+        states = [self.state[p] for p in params]
+        grads = [_local(_grad(p)).float() for p in params]
+        average = [_local(state["exp_avg"]) for state in states]
+        square = [_local(state["exp_avg_sq"]) for state in states]
+        for state in states:
+            state["step"] += 1
+        steps = [state["step"].item() for state in states]
+        torch._foreach_lerp_(average, grads, 1 - beta1)
+        torch._foreach_mul_(square, beta2)
+        torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
+        denominator = torch._foreach_sqrt(square)
+        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**s) for s in steps])
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_mul_(denominator, [1 - beta1**s for s in steps])
+        return list(torch._foreach_div(average, denominator))
+
+    def _step_matrices(self, matrices: list[tuple[Tensor, Tensor, float]]) -> None:
+        """Scale each direction by its trust ratio and apply it: one all-reduce for all norms."""
+        by_layout: dict[Any, list[tuple[Tensor, Tensor, float]]] = defaultdict(list)
+        for p, direction, lr in matrices:
+            by_layout[_layout(p), p.device].append((p, direction, lr))
+        for (layout, _), members in by_layout.items():
+            weights = [_local(p) for p, _, _ in members]
+            directions = [direction for _, direction, _ in members]
+            norms = torch.stack(
+                torch._foreach_norm([w.float() for w in weights]) + torch._foreach_norm(directions)
+            )
+            if layout is not None:
+                norms = _global_norms(norms, *layout)
+            weight_norms, direction_norms = norms.chunk(2)
+            usable = (weight_norms > 0) & (direction_norms > 0)
+            trust = torch.where(usable, weight_norms / direction_norms, 1.0)
+            torch._foreach_mul_(directions, list(trust.unbind()))
+            for lr in dict.fromkeys(lr for _, _, lr in members):
+                chosen = [i for i, member in enumerate(members) if member[2] == lr]
+                _descend([weights[i] for i in chosen], [directions[i] for i in chosen], lr)
+
+
+def _descend(weights: list[Tensor], directions: list[Tensor], lr: float) -> None:
+    torch._foreach_mul_(directions, -lr)
+    if all(w.dtype == d.dtype for w, d in zip(weights, directions)):
+        torch._foreach_add_(weights, directions)
+    else:
+        for w, d in zip(weights, directions):
+            w.copy_(w.float() + d)
+
+
+def _grad(p: Tensor) -> Tensor:
+    assert p.grad is not None
+    if p.grad.is_sparse:
+        raise QlipError("LAMB takes dense gradients only; make the embedding with sparse=False")
+    return p.grad
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, sharing memory with it; the tensor itself otherwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _layout(p: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh and those of its dimensions over which a parameter is sharded."""
+    if not isinstance(p, DTensor):
+        return None
+    sharded = tuple(i for i, place in enumerate(p.placements) if place.is_shard())
+    return (p.device_mesh, sharded) if sharded else None
+
+
+def _global_norms(norms: Tensor, mesh: Any, dimensions: tuple[int, ...]) -> Tensor:
+    squares = norms.square()
+    for dimension in dimensions:
+        dist.all_reduce(squares, group=mesh.get_group(dimension))
+    return squares.sqrt()
+
+
+# --- parameter groups ----------------------------------------------------------------------------
+
+GROUPS = ("rest", "visual_encoder", "text_encoder", "decoder")
+WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def group_of(name: str) -> str:
+    """Which of `GROUPS` a parameter of SPEC section 2's names belongs to, engines' prefixes aside."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    if name.startswith(("text_model.", "text_projection")):
+        return "text_encoder"
+    if name.startswith("vision_decoder."):
+        return "decoder"
+    if name.startswith("vision_model.") and not name.startswith("vision_model.quant_embed"):
+        return "visual_encoder"
+    return "rest"
+
+
+def parameter_groups(
+    model: nn.Module, rates: dict[str, float], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Optimizer groups by tower (SPEC section 3's learning rates), decay on matrices only.
+
+    rates: a learning rate for each of `GROUPS`. Parameters that need no gradient, and groups whose
+    rate is 0, are left out. Each group has `name` ("decoder", "decoder/no_decay"), `lr` and
+    `base_lr`, from which `set_rates` follows the schedule. Raises RecipeError for other names.
+    """
+    if set(rates) != set(GROUPS):
+        raise RecipeError(f"learning rates are for {list(GROUPS)}, got {sorted(rates)}")
+    groups: dict[str, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        tower = group_of(name)
+        rate = rates[tower]
+        if not p.requires_grad or rate == 0:
+            continue
+        decays = p.ndim >= 2
+        key = tower if decays else f"{tower}/no_decay"
+        if key not in groups:
+            groups[key] = {
+                "name": key,
+                "params": [],
+                "lr": rate,
+                "base_lr": rate,
+                "weight_decay": weight_decay if decays else 0.0,
+            }
+        groups[key]["params"].append(p)
+    return [groups[key] for key in sorted(groups)]
+
+
+def cosine_warmup(step: int, warmup: int, total: int, final: float = 0.0) -> float:
+    """Factor on the learning rate at a step counted from 0: linear up to 1, then cosine to `final`.
+
+    `(step + 1) / warmup` before warmup, then `final + (1 - final) (1 + cos(pi x)) / 2` with
+    `x = (step - warmup) / (total - warmup)`, held at `final` from `total` on.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def set_rates(optimizer: Optimizer, factor: float) -> None:
+    """Set every group's `lr` to `factor * base_lr`."""
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["base_lr"]
+
+
+def check_finite(terms: dict[str, Tensor], step: int | None = None) -> None:
+    """Raise NonFiniteError naming every term that holds NaN or infinity; one host sync in all."""
+    if not terms:
+        return
+    finite = torch.stack([torch.isfinite(term.detach()).all() for term in terms.values()])
+    wrong = [name for name, ok in zip(terms, finite.tolist()) if not ok]
+    if wrong:
+        raise NonFiniteError(wrong, step)

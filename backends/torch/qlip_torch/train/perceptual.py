@@ -1,0 +1,206 @@
+"""LPIPS on VGG16 (arXiv 1801.03924), stage 2's perceptual term.
+
+Weights are safetensors, in one file or in several:
+
+- `features.N.weight`, `features.N.bias`: torchvision's names of VGG16's convolutions, N in 0, 2, 5,
+  7, 10, 12, 14, 17, 19, 21, 24, 26, 28 (its classifier may be present and is ignored);
+- `linK.model.1.weight` [1, C, 1, 1], K in 0..4: lpips's names of its linear weights
+  (`lpips/weights/v0.1/vgg.pth`).
+
+Both are published as pickles, which are never read here. To convert one, once and elsewhere:
+`safetensors.torch.save_file(torch.load(path, "cpu", weights_only=True), "out.safetensors")`.
+
+Legend: x, y [B, 3, S, S] in [-1, 1]; f_k the features of tap k with C_k channels.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qlip_core.errors import BackendError, CheckpointError, QlipError
+
+log = logging.getLogger(__name__)
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# LPIPS' own input scaling: ImageNet's mean and deviation carried over to [-1, 1].
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+
+# (convolutions, channels) of VGG16's five stages; the last ReLU of each stage is a tap.
+STAGES = ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512))
+SMALLEST_SIDE = 16
+IGNORED = ("classifier.", "pre_logits.", "head.")
+
+
+def clip_to_signed(pixels: Tensor) -> Tensor:
+    """CLIP-normalised pixels [B, 3, S, S] to [-1, 1] (SPEC 2), unclipped, in float32."""
+    mean = pixels.new_tensor(CLIP_MEAN, dtype=torch.float32).view(3, 1, 1)
+    std = pixels.new_tensor(CLIP_STD, dtype=torch.float32).view(3, 1, 1)
+    return (pixels.float() * std + mean) * 2 - 1
+
+
+class Lpips(nn.Module):
+    """`d(x, y) = mean_B sum_k mean_hw sum_c w_kc (n(f_k(x)) - n(f_k(y)))_c^2`, n to unit channels.
+
+    The network is frozen; gradients reach whichever input asks for them. Its convolutions follow
+    autocast as those of any network do; normalisation, differences and means are float32.
+    `name` says which weights these are, for logs and reports.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        layers: list[nn.Module] = []
+        self.taps: list[int] = []
+        channels = 3
+        for stage, (count, width) in enumerate(STAGES):
+            if stage:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            self.taps.append(len(layers) - 1)
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.ParameterList([torch.empty(width) for _, width in STAGES])
+        self.register_buffer("shift", torch.tensor(SHIFT).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(SCALE).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+
+    def extract(self, x: Tensor) -> list[Tensor]:
+        """relu1_2, relu2_2, relu3_3, relu4_3, relu5_3 of x [B, 3, S, S] in [-1, 1]."""
+        if min(x.shape[-2:]) < SMALLEST_SIDE:
+            raise QlipError(
+                f"LPIPS needs images of at least {SMALLEST_SIDE} px, got {list(x.shape[-2:])}"
+            )
+        x = (x - self.get_buffer("shift")) / self.get_buffer("scale")
+        features = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in self.taps:
+                features.append(x)
+        return features
+
+    def distances(self, x: Tensor, y: Tensor) -> Tensor:
+        """One distance an image: two [B, 3, S, S] in [-1, 1] to float32 [B]."""
+        pairs = zip(self.extract(x), self.extract(y), self.linear)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            terms = [
+                ((_unit(fx) - _unit(fy)).square() * w.view(-1, 1, 1)).sum(1).mean((-1, -2))
+                for fx, fy, w in pairs
+            ]
+            return torch.stack(terms).sum(0)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Mean distance of two batches [B, 3, S, S] in [-1, 1]: a float32 scalar."""
+        return self.distances(x, y).mean()
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Channels [B, C, h, w] to unit length. vector_norm has slope 0 at 0 where sqrt has none."""
+    features = features if features.dtype == torch.float64 else features.float()
+    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+
+
+def build_perceptual(perceptual: str, seed: int = 0) -> Lpips:
+    """The LPIPS a recipe names.
+
+    perceptual: `"random"` (seeded random weights, with a warning: a machine without weights, or a
+    test), or one or several sources separated by commas, each a safetensors file, a folder of
+    them, or a hub id `owner/name`. Raises CheckpointError where weights are missing, unexpected or
+    of another shape, BackendError where a hub id is given without huggingface_hub.
+    """
+    if perceptual == "random":
+        return _random(seed)
+    tensors: dict[str, Tensor] = {}
+    sources = [source.strip() for source in perceptual.split(",") if source.strip()]
+    for source in sources:
+        for path in _files(source):
+            tensors |= _read(path)
+    return _load(tensors, ", ".join(sources))
+
+
+def _random(seed: int) -> Lpips:
+    model = Lpips(f"random(seed={seed})")
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.features:
+        if isinstance(layer, nn.Conv2d):
+            deviation = (2 / (9 * layer.in_channels)) ** 0.5
+            layer.weight.normal_(0, deviation, generator=generator)
+            assert layer.bias is not None
+            layer.bias.zero_()
+    for weight in model.linear:
+        # The published ones average 0.07 to 0.11 at each tap.
+        weight.uniform_(0, 0.2, generator=generator)
+    log.warning(
+        "perceptual loss: %s, VGG16 with RANDOM weights; its values are not LPIPS and compare with "
+        "no published figure. Name weights in the recipe (perceptual = PATH) for the real one.",
+        model.name,
+    )
+    return model
+
+
+def _files(source: str) -> Sequence[Path]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+            raise CheckpointError(
+                f"perceptual weights {source!r}: no such file or folder, and not a hub id; give a "
+                'safetensors file, or "random"'
+            )
+        path = _download(source)
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"perceptual weights {source!r}: no *.safetensors in it")
+    return files
+
+
+def _download(repository: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise BackendError(
+            f"perceptual weights {repository!r} are on the hub: pip install 'qlip[hub]', or give a "
+            "local file"
+        ) from None
+    return Path(snapshot_download(repository, allow_patterns=["*.safetensors"]))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"perceptual weights {path}: not safetensors ({error})") from None
+
+
+def _load(tensors: dict[str, Tensor], name: str) -> Lpips:
+    model = Lpips(name)
+    expected = {f"features.{key}": value for key, value in model.features.state_dict().items()}
+    expected |= {f"lin{k}.model.1.weight": w.data for k, w in enumerate(model.linear)}
+    found = {key: value for key, value in tensors.items() if not key.startswith(IGNORED)}
+    wrong = [f"missing {key}" for key in expected if key not in found]
+    wrong += [f"unexpected {key}" for key in found if key not in expected]
+    for key in expected.keys() & found.keys():
+        wanted = list(expected[key].shape)
+        wanted = [1, *wanted, 1, 1] if key.startswith("lin") else wanted
+        if list(found[key].shape) != wanted:
+            wrong.append(f"{key} is {list(found[key].shape)}, not {wanted}")
+    if wrong:
+        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise CheckpointError(f"perceptual weights {name}: {shown}")
+    for key, value in expected.items():
+        if not torch.isfinite(found[key]).all():
+            raise CheckpointError(f"perceptual weights {name}: {key} holds NaN or infinity")
+        value.copy_(found[key].view(value.shape))
+    return model

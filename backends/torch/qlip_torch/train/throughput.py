@@ -1,0 +1,135 @@
+"""What training costs and how well it uses the machine: FLOPs, matrix rate, memory.
+
+FLOPs are model FLOPs: 2 per multiply-add of the linear layers and of attention's two products
+(the whole N x N square, causal or not); norms, activations, softmax and embeddings are left out,
+and so are the loss's logits, LPIPS and the discriminator.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """FLOPs of one image's (and one caption's) forward pass, by part."""
+
+    encoder: float
+    bottleneck: float
+    decoder: float
+    text: float
+
+    @property
+    def total(self) -> float:
+        return self.encoder + self.bottleneck + self.decoder + self.text
+
+    def training(self, stage: int) -> float:
+        """FLOPs of an image's training step: backward costs two forwards of what it runs through.
+
+        Stage 1 trains all towers; stage 2 runs the frozen encoder forward and no text.
+        """
+        if stage == 1:
+            return 3 * self.total
+        return self.encoder + 3 * (self.bottleneck + self.decoder)
+
+
+def forward_flops(config: Any) -> ForwardFlops:
+    """FLOPs per image of a QLIP of this configuration (SPEC section 2's attributes).
+
+    The caption is counted at its full `max_position_embeddings` tokens, which is what is run.
+    """
+    vision, decoder, text = config.vision_config, config.decoder_config, config.text_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+    pixels = vision.num_channels * vision.patch_size**2
+    width, length = vision.hidden_size, _embed_dim(vision)
+    post = vision.hidden_size_post_q or width
+    encoder = 2 * patches * pixels * width + 2 * width * config.projection_dim
+    encoder += _tower(vision, patches + 1)
+    bottleneck = patches * 2 * (width * width + width * length + length * post + post * post)
+    head = decoder.hidden_size * decoder.intermediate_size + decoder.intermediate_size * pixels
+    return ForwardFlops(
+        encoder=encoder,
+        bottleneck=bottleneck if length else 0.0,
+        decoder=_tower(decoder, patches) + patches * 2 * head,
+        text=_tower(text, text.max_position_embeddings)
+        + 2 * text.hidden_size * config.projection_dim,
+    )
+
+
+def _embed_dim(vision: Any) -> int:
+    if vision.quantizer == "none":
+        return 0
+    quantizer = vision.quantizer_cfg
+    return quantizer["embed_dim"] if isinstance(quantizer, dict) else quantizer.embed_dim
+
+
+def _tower(tower: Any, tokens: int) -> float:
+    """Transformer blocks: 4 D^2 of projections, 2 or 3 D*I of MLP, 2 T*D of attention a token."""
+    width = tower.hidden_size
+    mlp = (3 if tower.swiglu else 2) * width * tower.intermediate_size
+    return tower.num_hidden_layers * tokens * 2 * (4 * width**2 + mlp + 2 * tokens * width)
+
+
+def matmul_rate(
+    device: str | torch.device, dtype: torch.dtype, size: int | None = None, seconds: float = 0.5
+) -> float:
+    """Measured FLOP/s of square matrix products, the denominator of model-FLOPs utilisation.
+
+    size: side of the matrices, by default 8192 on CUDA and 1024 elsewhere. The best of the runs
+    that fit into `seconds`, after one to warm up.
+    """
+    device = torch.device(device)
+    size = size or (8192 if device.type == "cuda" else 1024)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    out = torch.empty_like(a)
+    repeats = 4
+    best, deadline = float("inf"), 0.0
+    while best == float("inf") or time.perf_counter() < deadline:
+        _synchronize(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            torch.mm(a, b, out=out)
+        _synchronize(device)
+        elapsed = time.perf_counter() - start
+        if deadline:
+            best = min(best, elapsed)
+        else:
+            deadline = time.perf_counter() + seconds
+    return repeats * 2 * size**3 / best
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes since the start or the last reset, and whose: "cuda" (allocated) or "rss"."""
+
+    peak: int
+    kind: str
+
+
+def peak_memory(device: str | torch.device) -> Memory:
+    """The device allocator's peak on CUDA; elsewhere the process's largest resident set."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return Memory(torch.cuda.max_memory_allocated(device), "cuda")
+    import resource  # POSIX only, so not at the top
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss")
+
+
+def reset_peak_memory(device: str | torch.device) -> None:
+    """Start the peak anew on CUDA; a process's largest resident set cannot be reset."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
