@@ -71,10 +71,11 @@ def init_weights(config: QLIPConfig, seed: int = 0) -> dict[str, np.ndarray]:
     Matrices are Glorot-normal, those that write to the residual stream divided by sqrt(2 * layers)
     so that its variance does not grow with depth (GPT-2's rule).
     """
-    return {spec.name: _initial(spec, seed) for spec in architecture(config).values()}
+    return {spec.name: initial_values(spec, seed) for spec in architecture(config).values()}
 
 
-def _initial(spec: TensorSpec, seed: int) -> np.ndarray:
+def initial_values(spec: TensorSpec, seed: int) -> np.ndarray:
+    """The first float32 values of a tensor, which depend on its name and the seed alone."""
     if spec.init == "normal":
         generator = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
         return generator.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
@@ -219,7 +220,13 @@ def diff_tensors(
 
     With fewer `parts`, a file may leave out tensors of the others, but may not hold wrong ones.
     """
-    table = architecture(config)
+    return diff_table(architecture(config), found, parts)
+
+
+def diff_table(
+    table: Mapping[str, TensorSpec], found: Mapping[str, tuple[int, ...]], parts: tuple[str, ...]
+) -> str:
+    """`diff_tensors` against any table of tensors."""
     missing = [n for n, spec in table.items() if n not in found and spec.part in parts]
     unexpected = [n for n in found if n not in table and not is_derived(n)]
     misshapen = [

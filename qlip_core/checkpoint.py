@@ -148,11 +148,12 @@ def open_checkpoint(model: str | Path | None = None, revision: str | None = None
     """
     path = find_model(model, revision)
     folder = path if path.is_dir() else path.parent
-    files = [TensorFile(p) for p in ([path] if path.is_file() else _weight_files(folder))]
+    files = [TensorFile(p) for p in ([path] if path.is_file() else weight_files(folder))]
     return Checkpoint(QLIPConfig.from_file(folder / "config.json"), files, folder)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises CheckpointError where there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -221,13 +222,14 @@ def save_checkpoint(
                 shutil.copyfile(source, temporary / name)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
-        _replace(folder, temporary)
+        replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _replace(folder: Path, temporary: Path) -> None:
+def replace_folder(folder: Path, temporary: Path) -> None:
+    """Put a folder that is complete in its place."""
     if not folder.exists():
         temporary.rename(folder)
         return

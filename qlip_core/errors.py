@@ -35,3 +35,7 @@ class DataError(QlipError):
 
 class RecipeError(QlipError):
     """A training recipe with an unknown key or an impossible value."""
+
+
+class GenerationError(QlipError):
+    """A setting of generation that is out of range, or a generator that does not fit the model."""

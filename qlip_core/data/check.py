@@ -108,8 +108,8 @@ class Report:
                 out.append(
                     f"{name:<11} {found['min']} to {found['max']} {unit}, median {found['median']}"
                 )
-        beyond = self.samples > self.keys_checked + self.duplicates
-        within = f" (against the first {self.keys_checked} keys)" if beyond else ""
+        full = self.keys_checked == MAX_KEYS
+        within = f" (against the first {MAX_KEYS} keys)" if full else ""
         named = f": {', '.join(self.duplicate_examples)}" if self.duplicates else ""
         out.append(f"duplicates  {_many(self.duplicates, 'key')} seen before{within}{named}")
         for reason, count in sorted(self.broken.counts.items(), key=lambda item: -item[1]):

@@ -8,9 +8,10 @@ their own recipes.
 from __future__ import annotations
 
 import glob
+import http.client
 import itertools
 import re
-import shutil
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,9 @@ _BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)\Z")
 _GLOB = re.compile(r"[*?\[]")
 # What webdataset's own openers serve; all other schemes are fsspec's.
-_WEBDATASET = frozenset({"pipe", "http", "https", "sftp", "ftps", "scp", "gs", "htgs", "hf", "ais"})
+_WEBDATASET = frozenset({"pipe", "sftp", "ftps", "scp", "gs", "htgs", "hf", "ais"})
+_HTTP = frozenset({"http", "https"})
+_TIMEOUT = 60.0
 MAX_FILES = 1_000_000
 
 
@@ -57,7 +60,7 @@ def expand(location: str) -> list[str]:
     for address in addresses:
         kind = scheme(address)
         if kind:
-            wild = _GLOB.search(address) and kind not in _WEBDATASET
+            wild = _GLOB.search(address) and kind not in _WEBDATASET | _HTTP
             out += _remote_glob(address) if wild else [address]
             continue
         path = local_path(address)
@@ -112,7 +115,15 @@ def opened(address: str) -> Iterator[ByteStream]:
     if not kind:
         with local_path(address).open("rb") as file:
             yield file
-    elif kind in _WEBDATASET and (kind not in ("http", "https") or shutil.which("curl")):
+    elif kind in _HTTP:
+        # WebDataset runs curl for these, which is not everywhere and waits on a stalled server for ever.
+        try:
+            response = urllib.request.urlopen(address, timeout=_TIMEOUT)
+        except (http.client.InvalidURL, ValueError) as error:
+            raise DataError(f"{address}: {error}") from None
+        with response:
+            yield _Download(response)
+    elif kind in _WEBDATASET:
         pipe = _webdataset_open(address)
         try:
             yield _Checked(pipe)
@@ -140,6 +151,26 @@ class _Remote:
             raise
         except Exception as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _Download:
+    """An HTTP response, whose end counts only when all that was announced has come."""
+
+    def __init__(self, response: http.client.HTTPResponse):
+        self._response = response
+        length = response.headers.get("Content-Length", "")
+        self._left = int(length) if length.isdigit() else None
+
+    def read(self, size: int = -1, /) -> bytes:
+        try:
+            data = self._response.read(size)
+        except http.client.HTTPException as error:
+            raise OSError(f"{type(error).__name__}: {error}") from None
+        if self._left is not None:
+            self._left -= len(data)
+            if not data and size and self._left:
+                raise OSError(f"the connection ended {self._left} bytes too soon")
+        return data
 
 
 class _Checked:

@@ -223,12 +223,13 @@ def tar_samples(
     """(number, sample) for the archive's samples from `skip` on whose number % parts == part.
 
     A sample is consecutive members of one key: an image, `txt`, `json`. The others' bytes are not kept.
-    A broken archive ends with one Bad for all that is lost.
+    A broken archive ends with one more Bad. Numbers depend on the names alone, not on what was read.
     """
     number, key = -1, None
     found: dict[str, bytes] = {}
     seen: set[str] = set()
     oversize = ""
+    broken: Bad | None = None
 
     def wanted() -> bool:
         return number >= skip and number % parts == part
@@ -259,17 +260,12 @@ def tar_samples(
                 continue
             found[kind] = member.read()
     except ArchiveError as error:
-        last = finish() if key is not None else None
-        if isinstance(last, Sample):
-            if wanted():
-                yield number, last
-            number += 1
-        number = max(number, 0)
-        if wanted():
-            yield number, Bad(key or "(start)", where, BROKEN_ARCHIVE, str(error))
-        return
+        broken = Bad(f"after {key}" if key else "(start)", where, BROKEN_ARCHIVE, str(error))
     if key is not None and wanted():
         yield number, finish()
+    number += 1
+    if broken and wanted():
+        yield number, broken
 
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:

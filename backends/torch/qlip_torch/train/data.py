@@ -1,0 +1,409 @@
+"""The training loader: captioned pictures from many sources, in an order that any restart finds again.
+
+with make_loader(DataConfig(), image_size=64, mean=..., std=..., tokenizer=..., batch_size=64) as loader:
+    for batch in loader: ...
+
+What is guaranteed, with B the global batch, W ranks, b = B/W rows a rank:
+
+- A run that stops after batch k and continues from `state_dict()` sees the batches that an unbroken run
+  sees, row for row, augmentation included, with any number of workers before and after.
+- Sources with random access only (the emoji set, folders): global batch k holds the same rows in the same
+  order for every W. In each pass over a folder every sample comes once.
+- With a stream among the sources (tars, parquet): the same, for every W that divides V, the number of
+  `streams` (set by the configuration, or chosen: 8 where B divides by 8 and W times workers divides 8).
+  In each pass every sample comes once; lanes of unequal length begin their next pass at unequal times.
+- What a sample looks like depends on (seed, number of the row in the run) alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.data import DataLoader
+
+from qlip_core.data.samples import Limits, Tally
+from qlip_core.errors import DataError
+from qlip_torch.train.feeds import Failure, IndexedFeed, IndexedSource, LaneFeed, Part
+from qlip_torch.train.lanes import StreamSource
+from qlip_torch.train.order import Mixture
+from qlip_torch.train.pictures import Augmentation, Batch, Preparer, Tokenize
+from qlip_torch.train.sources import open_training_source
+
+__all__ = ["Batch", "DataConfig", "Loader", "Source", "make_loader", "merge_states"]
+
+_DEFAULT_STREAMS = 8
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where samples come from, and its share of them among all sources' weights.
+
+    location: "emoji", or "emoji?split=train&seed=1&size=96&common_share=0.5&plain=true"; a folder of
+    images with .txt beside them; a parquet file or folder; tars by path, URL, glob or {0000..0099}.
+    """
+
+    location: str
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.location:
+            raise DataError("a source needs a location")
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"{self.location}: weight {self.weight}: must be above 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data part of a recipe.
+
+    seed: of order and augmentation. workers: processes that prepare batches (0: none, in the trainer's
+    own); prefetch: batches that each holds ready. scale, ratio: CLIP's random resized crop, share of the
+    area and width over height (scale = [1, 1] turns it off); flip: chance of a mirror image.
+    For streams: shuffle_buffer and shuffle_megabytes bound what each of the `streams` lanes holds, in
+    encoded samples; streams = 0 chooses. image_megabytes: larger files are bad samples.
+    """
+
+    sources: tuple[Source, ...] = (Source("emoji"),)
+    seed: int = 0
+    workers: int = 1
+    prefetch: int = 4
+    scale: tuple[float, float] = (0.9, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.0
+    shuffle_buffer: int = 512
+    shuffle_megabytes: int = 128
+    streams: int = 0
+    image_megabytes: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.sources:
+            raise DataError("data.sources is empty: name at least one")
+        for name, least in (
+            ("workers", 0),
+            ("streams", 0),
+            ("seed", 0),
+            ("prefetch", 1),
+            ("shuffle_buffer", 1),
+            ("shuffle_megabytes", 1),
+            ("image_megabytes", 1),
+        ):
+            if getattr(self, name) < least:
+                raise DataError(f"data.{name} (={getattr(self, name)}) must be at least {least}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise DataError(f"data.scale (={self.scale}) must be two shares, 0 < low <= high <= 1")
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise DataError(f"data.ratio (={self.ratio}) must be two ratios, 0 < low <= high")
+        if not 0 <= self.flip <= 1:
+            raise DataError(f"data.flip (={self.flip}) must be a chance from 0 to 1")
+
+
+class Loader:
+    """Endless batches of this rank, from `make_loader`. Close it, or use it as a context."""
+
+    def __init__(
+        self,
+        feed: IndexedFeed | LaneFeed,
+        *,
+        workers: int,
+        parts: int,
+        prefetch: int,
+        batch_size: int,
+        state: dict[str, Any],
+    ):
+        """`parts`: items of the feed that make one batch; `state`: where the feed starts."""
+        self.bad = Tally()
+        self.bad.include(state["bad"])
+        self.samples: int = state["samples"]
+        self._parts, self._batch_size, self._state = parts, batch_size, state
+        self._lanes = dict(state["lanes"])
+        self._loader = DataLoader(
+            feed,
+            batch_size=None,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=prefetch if workers else None,
+            worker_init_fn=_start_worker if workers else None,
+            # Its own generator: the default one is the run's, and must not move with a restart.
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._items: Iterator[Part | Failure] | None = None
+        self._closed = False
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next batch. Raises DataError where a source cannot be read, naming the worker."""
+        if self._closed:
+            raise DataError("this loader is closed; make another one from its state")
+        if self._items is None:
+            with _starting_workers():
+                self._items = iter(self._loader)
+        parts = [self._checked(next(self._items)) for _ in range(self._parts)]
+        for part in parts:
+            self._lanes |= part.lanes
+            for bad in part.bad:
+                self.bad.add(bad)
+        self.samples += self._batch_size
+        if len(parts) == 1:
+            return parts[0].batch
+        return Batch(
+            torch.cat([part.batch.pixels for part in parts]),
+            torch.cat([part.batch.ids for part in parts]),
+            [key for part in parts for key in part.batch.keys],
+        )
+
+    def _checked(self, item: Part | Failure) -> Part:
+        if isinstance(item, Part):
+            return item
+        self.close()
+        raise DataError(f"data worker {item.worker}: {item.message}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the batches handed out so far end (not those made ahead), in JSON types.
+
+        The ranks' states are equal but for their own lanes and bad samples: store `merge_states` of all.
+        """
+        return self._state | {
+            "samples": self.samples,
+            "lanes": dict(self._lanes),
+            "bad": self.bad.to_dict(),
+        }
+
+    def close(self) -> None:
+        """Stop the workers. Safe to call twice."""
+        self._items, self._closed = None, True
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def make_loader(
+    data: DataConfig,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    tokenizer: Tokenize,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    state: Mapping[str, Any] | None = None,
+) -> Loader:
+    """The loader of rank `rank`, from the beginning or from a saved state (see the module's guarantees).
+
+    batch_size: rows of the global batch; each rank gets batch_size / world_size. tokenizer: texts -> int64
+    [B, T]. Raises DataError for sources that are not there, sizes that do not divide, and a state of other
+    data.
+    """
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank}: must be from 0 to {world_size - 1}")
+    if batch_size < 1 or batch_size % world_size:
+        raise DataError(f"batch size {batch_size}: must divide by the {world_size} processes")
+    limits = Limits(image_bytes=data.image_megabytes * 2**20)
+    sources = [
+        open_training_source(source.location, image_size, data.seed, limits)
+        for source in data.sources
+    ]
+    weights = [source.weight for source in data.sources]
+    preparer = Preparer(
+        size=image_size,
+        mean=mean,
+        std=std,
+        tokenizer=tokenizer,
+        augmentation=Augmentation(data.scale, data.ratio, data.flip),
+        seed=data.seed,
+    )
+    indexed = [source for source in sources if not isinstance(source, StreamSource)]
+    old = dict(state) if state else None
+    streams = 0 if len(indexed) == len(sources) else _streams(data, batch_size, world_size, old)
+    fresh = {
+        "version": 1,
+        "data": _describe(data, sources, streams),
+        "streams": streams,
+        "samples": 0,
+        "lanes": {},
+        "bad": Tally().to_dict(),
+    }
+    begin = fresh if old is None else _checked_state(old, fresh, rank)
+    _check_shared_memory(data, batch_size // world_size, image_size)
+    if not streams:
+        mixture = Mixture(weights, f"{data.seed} mixture")
+        feed = IndexedFeed(
+            indexed,
+            mixture,
+            preparer,
+            seed=data.seed,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            start=begin["samples"],
+        )
+        workers, parts = data.workers, 1
+    else:
+        lanes = range(rank * streams // world_size, (rank + 1) * streams // world_size)
+        feed = LaneFeed(
+            sources,
+            {lane: Mixture(weights, f"{data.seed} mixture {lane}") for lane in lanes},
+            preparer,
+            seed=data.seed,
+            rows=batch_size // streams,
+            lanes=streams,
+            buffer=data.shuffle_buffer,
+            buffer_bytes=data.shuffle_megabytes * 2**20,
+            states=begin["lanes"],
+        )
+        workers = min(data.workers, len(lanes))
+        parts = max(1, workers)
+        begin["lanes"] = {k: v for k, v in begin["lanes"].items() if int(k) in lanes}
+    return Loader(
+        feed,
+        workers=workers,
+        parts=parts,
+        prefetch=data.prefetch,
+        batch_size=batch_size,
+        state=begin,
+    )
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state for all ranks from each rank's own, in rank order, to continue on any number of ranks."""
+    first = states[0]
+    bad, lanes = Tally(), {}
+    for state in states:
+        if any(state[key] != first[key] for key in ("version", "data", "streams", "samples")):
+            raise DataError("the ranks' data states are not of the same run and step")
+        bad.include(state["bad"])
+        lanes |= state["lanes"]
+    return dict(first) | {"lanes": lanes, "bad": bad.to_dict()}
+
+
+def _streams(
+    data: DataConfig, batch_size: int, world_size: int, state: dict[str, Any] | None
+) -> int:
+    """V: the configuration's, the saved one, or the least that suits ranks, workers and batch."""
+    least = world_size * max(1, data.workers)
+    chosen = data.streams or (state or {}).get("streams", 0)
+    if not chosen:
+        step = math.lcm(world_size, math.gcd(batch_size, _DEFAULT_STREAMS))
+        fits = [v for v in range(step, batch_size + 1, step) if batch_size % v == 0 and v >= least]
+        chosen = fits[0] if fits else step
+    if chosen % world_size or batch_size % chosen:
+        raise DataError(
+            f"{chosen} streams: must be a multiple of the {world_size} processes and divide "
+            f"the batch size {batch_size}; set data.streams"
+        )
+    return chosen
+
+
+def _describe(
+    data: DataConfig, sources: Sequence[IndexedSource | StreamSource], streams: int
+) -> dict[str, Any]:
+    """What decides which sample comes where: a state is good for the same data only."""
+    sizes = [len(s.shards) if isinstance(s, StreamSource) else s.count for s in sources]
+    return {
+        "seed": data.seed,
+        "sources": [
+            {"location": source.location, "weight": source.weight, "size": size}
+            for source, size in zip(data.sources, sizes)
+        ],
+        "shuffle": [data.shuffle_buffer, data.shuffle_megabytes] if streams else [],
+    }
+
+
+def _checked_state(old: dict[str, Any], fresh: dict[str, Any], rank: int) -> dict[str, Any]:
+    if set(old) != set(fresh) or old["version"] != fresh["version"]:
+        raise DataError("the saved data position is not of this version; start the data anew")
+    if (old["data"], old["streams"]) != (fresh["data"], fresh["streams"]):
+        raise DataError(
+            "the saved data position belongs to other data "
+            f"({_difference(old, fresh)}); restore the data, or start it anew"
+        )
+    # Counted by one rank, so that a later merge does not count them W times.
+    return old | {"bad": old["bad"] if rank == 0 else Tally().to_dict()}
+
+
+def _difference(old: dict[str, Any], fresh: dict[str, Any]) -> str:
+    if old["streams"] != fresh["streams"]:
+        return f"streams {old['streams']}, now {fresh['streams']}"
+    key = next(k for k in fresh["data"] if old["data"].get(k) != fresh["data"][k])
+    return f"{key} {old['data'].get(key)}, now {fresh['data'][key]}"
+
+
+def _check_shared_memory(data: DataConfig, rows: int, size: int) -> None:
+    """Workers hand batches over in shared memory; where it runs out they die of SIGBUS, unexplained."""
+    memory = Path("/dev/shm")
+    if not data.workers or sys.platform != "linux" or not memory.is_dir():
+        return
+    need = rows * 3 * size * size * 4 * data.workers * (data.prefetch + 1)
+    free = shutil.disk_usage(memory).free
+    if need > free:
+        raise DataError(
+            f"{data.workers} workers with {data.prefetch} batches each need {need >> 20} MB of "
+            f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
+            "or lower data.workers or data.prefetch"
+        )
+
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _start_worker(worker: int) -> None:
+    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer wants to finish its step
+    # and save, then stops its workers by itself; a second SIGTERM is from a trainer tired of waiting.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(
+        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    )
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    # torch's own watch looks only between batches, and then can wait for ever on its full result queue.
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+@contextmanager
+def _starting_workers() -> Iterator[None]:
+    """Until a worker has its own handlers, signals wait; and `tokenizers`, which warns of a fork after it
+    used its threads, is told that the child will not."""
+    name = "TOKENIZERS_PARALLELISM"
+    silent = name not in os.environ
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    if silent:
+        os.environ[name] = "false"
+    try:
+        yield
+    finally:
+        if silent:
+            del os.environ[name]
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _as_it_is(item: T) -> T:
+    return item

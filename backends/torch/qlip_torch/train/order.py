@@ -1,0 +1,91 @@
+"""Which sample comes where: the order of training data as arithmetic, so that any place in it can be
+computed from its number alone, in any process, with nothing remembered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from qlip_core.data.draws import stable_hash
+from qlip_core.errors import DataError
+
+_ROUNDS = 6
+_MASK = 2**64 - 1
+
+
+def permute(position: int, count: int, key: int) -> int:
+    """The image of `position` under a pseudo-random permutation of range(count) chosen by `key`.
+
+    A Feistel network over the next even power of two, walked until it lands below `count`: O(1) memory
+    for a set of any size, where a shuffled list of its numbers would take 8 bytes a sample.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(_ROUNDS):
+            left, right = right, left ^ (_mix(right ^ (turn << 56), key) & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+def _mix(value: int, key: int) -> int:
+    """SplitMix64's finisher: 64 well-mixed bits of (value, key)."""
+    value = (value + key + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
+    return value ^ value >> 31
+
+
+def epoch_index(position: int, count: int, stream: str) -> int:
+    """Sample `position` of an endless row in which every `count` steps visit each index once."""
+    epoch, offset = divmod(position, count)
+    return permute(offset, count, stable_hash(f"{stream} epoch {epoch}"))
+
+
+class Mixture:
+    """An endless interleaving of sources in proportion to their weights.
+
+    In every block of `BLOCK` places each source has the same number of them, its weight's share rounded,
+    in an order drawn for that block. Hence proportions are exact and the k-th use of a source is known
+    from the place alone.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, weights: Sequence[float], stream: str):
+        shares = np.asarray(weights, np.float64)
+        shares = shares / shares.sum() * self.BLOCK
+        counts = np.floor(shares).astype(np.int64)
+        # Largest remainder, ties to the first.
+        extra = np.argsort(counts - shares, kind="stable")[: self.BLOCK - int(counts.sum())]
+        counts[extra] += 1
+        if not counts.all():
+            low = int(np.argmin(counts))
+            raise DataError(
+                f"weight {weights[low]} is under 1/{2 * self.BLOCK} of all weights: "
+                "such a source would never be read; raise it or leave the source out"
+            )
+        self._counts, self._stream = counts, stream
+        self._block, self._sources, self._ranks = -1, np.empty(0), np.empty(0)
+
+    def locate(self, place: int) -> tuple[int, int]:
+        """(source, how many places it had before this one)."""
+        if len(self._counts) == 1:
+            return 0, place
+        block, offset = divmod(place, self.BLOCK)
+        if block != self._block:
+            self._draw(block)
+        source = int(self._sources[offset])
+        return source, block * int(self._counts[source]) + int(self._ranks[offset])
+
+    def _draw(self, block: int) -> None:
+        key = np.array([stable_hash(self._stream), block], np.uint64)
+        order = np.argsort(np.random.Philox(key=key).random_raw(self.BLOCK), kind="stable")
+        self._sources = np.repeat(np.arange(len(self._counts)), self._counts)[order]
+        self._ranks = np.zeros(self.BLOCK, np.int64)
+        for source, count in enumerate(self._counts):
+            self._ranks[self._sources == source] = np.arange(count)
+        self._block = block

@@ -1,0 +1,112 @@
+"""From a raw picture and its caption to a row of a training batch: CLIP's augmentation, normalisation, ids.
+
+Legend: b rows, S image side, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qlip_core.data.draws import Draws, stable_hash
+from qlip_core.images import ImageLike, open_image
+from qlip_core.preprocessing import Preprocessing, resize_and_crop
+
+Tokenize = Callable[[Sequence[str]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """pixels: float32 [b, 3, S, S], normalised; ids: int64 [b, T]; keys: b names, for messages and logs."""
+
+    pixels: Tensor
+    ids: Tensor
+    keys: list[str]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """CLIP's random resized crop: share of the area kept, width over height, and chance of a flip.
+
+    scale (1, 1) is no augmentation: the shortest edge is resized and the centre cut out, as at inference.
+    """
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float]
+    flip: float
+
+    def __call__(self, image: Image.Image, size: int, draws: Draws) -> Image.Image:
+        """RGB of any size -> RGB [size, size]."""
+        if self.scale == (1.0, 1.0):
+            image = resize_and_crop(image, size)
+        else:
+            box = self.crop_box(image.width, image.height, draws)
+            # Cropped first: `resize(box=...)` would let the filter look beyond the crop.
+            image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
+        if self.flip and draws.chance(self.flip):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image
+
+    def crop_box(self, width: int, height: int, draws: Draws) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom), by torchvision's rule: ten tries, then the centre."""
+        for _ in range(10):
+            area = width * height * draws.uniform(*self.scale)
+            ratio = math.exp(draws.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = draws.below(width - w + 1), draws.below(height - h + 1)
+                return left, top, left + w, top + h
+        w, h = width, height
+        if width < height * self.ratio[0]:
+            h = min(height, max(1, round(width / self.ratio[0])))
+        elif width > height * self.ratio[1]:
+            w = min(width, max(1, round(height * self.ratio[1])))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+class Preparer:
+    """Decodes, augments and collates. What happens to a sample depends on (seed, ordinal) alone."""
+
+    def __init__(
+        self,
+        *,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        tokenizer: Tokenize,
+        augmentation: Augmentation,
+        seed: int,
+    ):
+        self.size, self._tokenizer, self._augmentation = size, tokenizer, augmentation
+        self._stream = stable_hash(f"augmentation {seed}")
+        # Every level's normalised value, so that a picture is three table look-ups.
+        levels = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
+        table = Preprocessing(size, tuple(mean), tuple(std)).normalize(levels)
+        self._table = np.ascontiguousarray(table[:, 0])
+
+    def picture(self, image: ImageLike, name: str, ordinal: int) -> np.ndarray:
+        """Augmented uint8 [S, S, 3] for the run's sample number `ordinal`. Raises ImageError."""
+        opened = open_image(image, name)
+        return np.asarray(
+            self._augmentation(opened, self.size, Draws(self._stream, ordinal)), np.uint8
+        )
+
+    def batch(self, rows: Sequence[tuple[str, np.ndarray, str]]) -> Batch:
+        """From (key, picture [S, S, 3], caption) each."""
+        pixels = np.empty((len(rows), 3, self.size, self.size), np.float32)
+        for out, (_, picture, _) in zip(pixels, rows):
+            for channel in range(3):
+                np.take(self._table[channel], picture[:, :, channel], out=out[channel])
+        ids = self._tokenizer([caption for _, _, caption in rows])
+        return Batch(
+            torch.from_numpy(pixels),
+            torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)),
+            [key for key, _, _ in rows],
+        )
