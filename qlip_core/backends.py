@@ -12,6 +12,8 @@ import numpy as np
 
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import BackendError
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import GeneratorNetwork
 
 GROUP = "qlip.backends"
 
@@ -57,6 +59,10 @@ class Network(Protocol):
         """Token ids int64 [B, T] -> float32 [B, P], projected, not normalised."""
         ...
 
+    def text_states(self, ids: np.ndarray) -> np.ndarray:
+        """Token ids int64 [B, T] -> float32 [B, T, Dt]: the text tower after its last norm."""
+        ...
+
     def hidden_states(self, pixels: np.ndarray, layer: int) -> np.ndarray:
         """float32 [B, N+1, D] after `layer` layers (0: the embeddings), CLS first."""
         ...
@@ -82,6 +88,17 @@ class Backend(Protocol):
 
     def network(self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str) -> Network:
         """A network on one of `devices()` in one of `dtypes`."""
+        ...
+
+    def generator(
+        self,
+        config: GeneratorConfig,
+        weights: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+    ) -> GeneratorNetwork:
+        """A generator on one of `devices()` in one of `dtypes`; `weights` float32, all of them."""
         ...
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -112,11 +114,29 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 def find_images(folder: str | Path) -> list[Path]:
     """Image files below a folder, sorted by path. Hidden files and folders are left out."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
+    return [Path(path) for path in walk_images(folder)]
+
+
+def walk_images(folder: str | Path) -> Iterator[str]:
+    """`find_images`, one by one and as strings, so that a million of them fit in memory.
+
+    Folders behind links are left out, as they may lead in circles. Raises ImageError for a folder
+    that cannot be read.
+    """
+    names: list[str] = []
+    folders: set[str] = set()
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:  # an entry takes ten times the memory of its name
+                if not entry.name.startswith("."):
+                    names.append(entry.name)
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.add(entry.name)
+    except OSError as error:
+        raise ImageError(f"{folder}: this folder cannot be read ({error.strerror})") from None
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name in folders:
+            yield from walk_images(path)
+        elif os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
+            yield path

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,17 @@ from qlip_core import bsq
 from qlip_core.backends import Network, check_dtype, choose_device, get_backend
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.errors import QlipError, TextError, TokenFileError
+from qlip_core.generator.checkpoint import GeneratorCheckpoint
+from qlip_core.generator.generate import Progress, Request, TokenDrawer, merged
+from qlip_core.generator.load import find_generator, load_drawer
 from qlip_core.images import ImageLike
-from qlip_core.loading import DEFAULT_BATCH, OnError, pixel_batches, slices
+from qlip_core.loading import (
+    DEFAULT_BATCH,
+    OnError,
+    check_batch_size,
+    pixel_batches,
+    slices,
+)
 from qlip_core.text import check_ids
 from qlip_core.tokens import VisualTokens
 
@@ -28,19 +39,22 @@ def load(
     device: str = "auto",
     dtype: str = "float32",
     revision: str | None = None,
+    generator: str | Path | None = None,
 ) -> Model:
     """Load a model: a folder, a `.safetensors` file beside its config, a hub id, or (None) the bundled one.
 
     `backend` is auto, torch, mlx or numpy; `device` and `dtype` are the backend's (`qlip doctor`
-    lists them). Reads headers only: each part's weights are loaded when first used. Raises
-    BackendError, ConfigError or CheckpointError.
+    lists them). `generator` is the folder of one made for this tokenizer (None: the folder
+    `generator/` in the model's, if there is one). Reads headers only: each part's weights are loaded when
+    first used. Raises BackendError, ConfigError or CheckpointError.
     """
     chosen = get_backend(backend)
     where = choose_device(chosen, device)
     check_dtype(chosen, dtype)
     checkpoint = open_checkpoint(model, revision)
     network = chosen.network(checkpoint.config, checkpoint, device=where, dtype=dtype)
-    return Model(checkpoint, network, chosen.name)
+    found = find_generator(checkpoint, generator)
+    return Model(checkpoint, network, chosen.name, found)
 
 
 class Model:
@@ -50,8 +64,15 @@ class Model:
     All methods cut their input to `batch_size`, so any number of images runs in bounded memory.
     """
 
-    def __init__(self, checkpoint: Checkpoint, network: Network, backend: str) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        network: Network,
+        backend: str,
+        generator: GeneratorCheckpoint | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.generator = generator
         self.config = checkpoint.config
         self.network = network
         self.backend = backend
@@ -230,6 +251,122 @@ class Model:
         return self._gather(
             images, lambda pixels: self.network.hidden_states(pixels, index), batch_size, shape
         )
+
+    # -- text to image -----------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_schedule: str | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> np.ndarray:
+        """Pictures of prompts, uint8 [len(prompts)*n, S, S, 3], n of each in turn (SPEC section 4).
+
+        A setting that is None is the generator's own (`model.generator.config.sampling`); what they
+        mean is said at `qlip_core.generator.sampling.Sampling`. The same seed gives the same
+        picture on every backend, whatever is drawn beside it. An empty prompt draws without a
+        caption; one over the limit is cut, with a PromptCut warning. `progress` hears of sub-tokens as
+        they are drawn. Raises GenerationError for a setting out of range or a model without a
+        generator.
+        """
+        tokens = self.generate_tokens(
+            prompts,
+            seed=seed,
+            n=n,
+            cfg_scale=cfg_scale,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_schedule=cfg_schedule,
+            cfg_interval=cfg_interval,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        return self.decode(tokens, batch_size=batch_size)
+
+    def generate_tokens(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_schedule: str | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> VisualTokens:
+        """`generate` before the decoder: VisualTokens named by their prompts."""
+        check_batch_size(batch_size)
+        drawer = self._drawer
+        sampling = merged(
+            drawer.config.sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+            cfg_schedule=cfg_schedule,
+            cfg_interval=cfg_interval,
+        )
+        request = Request.of(prompts, n, seed, sampling, drawer.config.visual_vocab_size)
+        tokens = self._no_tokens()
+        packed = [tokens.packed]
+        packed += [bsq.pack(bits) for _, bits in drawer.draw(request, batch_size, progress)]
+        return replace(tokens, packed=np.concatenate(packed), names=request.prompts)
+
+    def generate_stream(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        seed: int = 0,
+        n: int = 1,
+        cfg_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cfg_schedule: str | None = None,
+        cfg_interval: tuple[float, float] | None = None,
+    ) -> Iterator[np.ndarray]:
+        """`generate` as it happens: after each row of patches all pictures so far, uint8 [B, S, S, 3],
+        decoded from the sub-tokens drawn, grey below them. The last are `generate`'s."""
+        drawer = self._drawer
+        sampling = merged(
+            drawer.config.sampling,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cfg_scale=cfg_scale,
+            cfg_schedule=cfg_schedule,
+            cfg_interval=cfg_interval,
+        )
+        request = Request.of(prompts, n, seed, sampling, drawer.config.visual_vocab_size)
+        return (self._so_far(bits) for bits in drawer.stream(request))
+
+    def _so_far(self, bits: np.ndarray) -> np.ndarray:
+        """Bits [B, p, L] of the first p patches, whole rows -> pictures, grey below those rows."""
+        config = self.config
+        codes = np.zeros((len(bits), config.num_patches, config.code_dim), np.float32)
+        codes[:, : bits.shape[1]] = bsq.bits_to_codes(bits)
+        pictures = self.preprocessing.to_images(self.network.decode(codes))
+        h, w = config.grid
+        pictures[:, bits.shape[1] // w * (config.image_size // h) :] = 128
+        return pictures
+
+    @cached_property
+    def _drawer(self) -> TokenDrawer:
+        return load_drawer(self.checkpoint, self.generator, self.network, self.backend)
 
     # -- batches -----------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ import numpy as np
 from qlip_core.architecture import rotary_tables
 from qlip_core.backends import Backend, Network, Weights
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import GeneratorNetwork
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -230,13 +232,18 @@ def pooled_position(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
     return (ids == eos_token_id).argmax(-1)
 
 
-def embed_text(w: Tensors, config: TextConfig, ids: np.ndarray) -> np.ndarray:
-    """Token ids [B, T] -> text_projection(pooled) [B, P], not yet of unit length."""
+def text_states(w: Tensors, config: TextConfig, ids: np.ndarray) -> np.ndarray:
+    """Token ids [B, T] -> hidden states after the last norm [B, T, Dt]."""
     embeddings = "text_model.embeddings"
     x = w[f"{embeddings}.token_embedding.weight"][ids]
     x = x + w[f"{embeddings}.position_embedding.weight"][: ids.shape[1]]
     x = transformer(w, "text_model", x, config, causal=True)[-1]
-    x = layer_norm(w, "text_model.final_layer_norm", x, config.layer_norm_eps)
+    return layer_norm(w, "text_model.final_layer_norm", x, config.layer_norm_eps)
+
+
+def embed_text(w: Tensors, config: TextConfig, ids: np.ndarray) -> np.ndarray:
+    """Token ids [B, T] -> text_projection(pooled) [B, P], not yet of unit length."""
+    x = text_states(w, config, ids)
     pooled = x[np.arange(len(ids)), pooled_position(ids, config.eos_token_id)]
     return linear(w, "text_projection", pooled)
 
@@ -302,6 +309,9 @@ class ReferenceNetwork:
     def embed_texts(self, ids: np.ndarray) -> np.ndarray:
         return embed_text(self._text, self.config.text_config, ids).astype(np.float32)
 
+    def text_states(self, ids: np.ndarray) -> np.ndarray:
+        return text_states(self._text, self.config.text_config, ids).astype(np.float32)
+
     def _cast(self, x: np.ndarray) -> np.ndarray:
         return x.astype(self._type)
 
@@ -318,6 +328,20 @@ class NumpyBackend:
 
     def network(self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str) -> Network:
         return ReferenceNetwork(config, weights, dtype)
+
+    def generator(
+        self,
+        config: GeneratorConfig,
+        weights: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+    ) -> GeneratorNetwork:
+        # That module builds on this one.
+        from qlip_core.generator.reference import ReferenceGenerator
+
+        held = {name: tensor.astype(dtype) for name, tensor in weights.items()}
+        return ReferenceGenerator(config, held, dtype)
 
 
 BACKEND: Backend = NumpyBackend()

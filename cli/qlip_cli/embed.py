@@ -107,7 +107,7 @@ def embed(
     raise typer.Exit(failures.exit_code())
 
 
-def check_outputs(output: Path, inputs: list[Path], force: bool) -> list[Path]:
+def check_outputs(output: Path, inputs: list[str], force: bool) -> list[Path]:
     """The files that will be written: one, or a .npy and its .json."""
     from qlip_core.errors import QlipError
 

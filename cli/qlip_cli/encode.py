@@ -42,21 +42,26 @@ def encode(
     )
     network = options.load_model(model, revision, backend, device, dtype)
 
+    import numpy as np
+
     from qlip_core import VisualTokens
 
-    failures = Failures(files)
-    parts: list[VisualTokens] = []
+    config = network.config
+    row = (config.num_patches * config.code_dim + 7) // 8
+    # Filled in place: of each image only its packed bits and its name stay in memory.
+    packed = np.empty((len(files), row), np.uint8)
     names: list[str] = []
+    failures = Failures(files)
     with progress("encoding", len(files)) as advance:
-        for positions, tokens in network.encode_batches(
+        for positions, batch in network.encode_batches(
             [f.path for f in files], batch_size=batch_size, on_error=failures
         ):
-            parts.append(tokens)
+            packed[len(names) : len(names) + len(positions)] = batch.packed
             names += [files[i].name for i in positions]
             advance(len(positions))
     failures.check_some_left()
-    joined = VisualTokens.concatenate(parts)
-    tokens = VisualTokens(joined.packed, joined.length, joined.grid, joined.model, tuple(names))
+    packed = packed[: len(names)]
+    tokens = VisualTokens(packed, config.code_dim, config.grid, network.fingerprint, tuple(names))
     with writing(path):
         tokens.save(path)
     h, w = tokens.grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,14 @@ if TYPE_CHECKING:
     from qlip_core.errors import ImageError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile:
-    """An image to read, and what it is called in results and token files."""
+    """An image to read, and what it is called in results and token files.
 
-    path: Path
+    Strings in slots, since there may be millions: a Path takes five times the memory.
+    """
+
+    path: str
     name: str
 
 
@@ -46,26 +50,26 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
             raise ImageError(f"{argument}: no images in this folder (looked for {kinds})")
         return images
     if path.exists() or not glob.has_magic(argument):
-        return [ImageFile(path, _own_name(path))]
+        return [ImageFile(str(path), _own_name(path))]
     images = []
     for match in map(Path, sorted(glob.glob(argument, recursive=True))):
         if match.is_dir() and "**" not in argument:
             images += _in_folder(match, False)
         elif match.suffix.lower() in SUFFIXES and match.is_file():
-            images.append(ImageFile(match, _own_name(match)))
+            images.append(ImageFile(str(match), _own_name(match)))
     if not images:
         raise ImageError(f"{argument}: no image matches this pattern")
     return images
 
 
 def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
-    from qlip_core.images import find_images
+    from qlip_core.images import walk_images
 
     # Beside other arguments two folders may hold the same names, so the folder's own goes first.
     prefix = "" if alone else f"{folder.resolve().name}/"
+    start = len(os.path.join(folder, ""))
     return [
-        ImageFile(path, prefix + path.relative_to(folder).as_posix())
-        for path in find_images(folder)
+        ImageFile(path, prefix + path[start:].replace(os.sep, "/")) for path in walk_images(folder)
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from qlip_cli import data, evaluate
 from qlip_cli.classify import classify
 from qlip_cli.decode import decode
 from qlip_cli.doctor import doctor
@@ -22,6 +23,7 @@ from qlip_cli.encode import encode
 from qlip_cli.info import info
 from qlip_cli.reconstruct import reconstruct
 from qlip_cli.terminal import note, print_error
+from qlip_cli.train import train
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
 
@@ -40,6 +42,9 @@ app.command(epilog='Example: qlip classify a.png -l "a cat,a dog"')(classify)
 app.command(epilog="Example: qlip embed photos/ -o photos.safetensors")(embed)
 app.command(epilog="Example: qlip info photos.qlip")(info)
 app.command(epilog="Example: qlip doctor --backend mlx")(doctor)
+app.command(epilog="Example: qlip train emoji --out runs/mine --steps 200")(train)
+app.add_typer(evaluate.app, name="eval")
+app.add_typer(data.app, name="data")
 
 
 def _print_version(asked: bool) -> None:
@@ -122,7 +127,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(
         error, ValueError
     ):  # all of qlip_core.errors, and what the core says of arguments
-        return str(error), USER_ERROR
+        # A training run stopped by a signal says which, as a shell would.
+        return str(error), getattr(error, "exit_code", USER_ERROR)
     kind = type(error).__name__
     return f"internal: {kind}: {error}: this is a bug; --debug shows where it happened", BUG
 

@@ -19,7 +19,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def output_file(
-    out: Path | None, default: str, *, force: bool, inputs: Iterable[Path] = ()
+    out: Path | None, default: str, *, force: bool, inputs: Iterable[str | Path] = ()
 ) -> Path:
     """The file to write: `out`, or `default` in it if it is a folder, or here.
 
@@ -57,7 +57,7 @@ def check_writable(folder: Path, path: Path) -> None:
         ) from None
 
 
-def same_file(a: Path, b: Path) -> bool:
+def same_file(a: Path, b: str | Path) -> bool:
     try:
         return a.samefile(b)
     except OSError:
@@ -83,7 +83,7 @@ def _reason(error: OSError) -> str:
 # -- pictures ----------------------------------------------------------------------------------
 
 
-def picture_file(path: Path, inputs: Iterable[Path], *, force: bool) -> Path:
+def picture_file(path: Path, inputs: Iterable[str | Path], *, force: bool) -> Path:
     """`output_file` for a picture: a name without a suffix becomes a PNG, and a suffix that is not
     of a picture this command writes is a QlipError."""
     from qlip_core.errors import QlipError

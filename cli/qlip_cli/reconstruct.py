@@ -11,15 +11,18 @@ from qlip_cli import options
 from qlip_cli.inputs import Failures, collect_images
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import picture_file, save_picture
-from qlip_cli.terminal import note, print_json, print_line, print_table, progress
+from qlip_cli.terminal import note, print_json, print_line, print_table, printable, progress
 
 if TYPE_CHECKING:
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageFont
+
+    Row = tuple[str, str, np.ndarray, np.ndarray]  # name, scores, input, output [S, S, 3]
 
 MAX_ROWS = 32
 _GAP = 4
-_LABEL = 16
+_LINE = 15  # pixels of a line of a label
+_NARROW = 300  # a picture below this has its labels on two lines
 
 
 def reconstruct(
@@ -43,7 +46,9 @@ def reconstruct(
     labels, 32 at most; PSNR (dB) and SSIM are printed for all.
     """
     files = collect_images(images)
-    name = f"{files[0].path.stem}-reconstructed.png" if len(files) == 1 else "reconstructed.png"
+    name = (
+        f"{Path(files[0].path).stem}-reconstructed.png" if len(files) == 1 else "reconstructed.png"
+    )
     out = Path(name) if output is None else output
     out = out / name if out.is_dir() else out
     path = picture_file(out, [f.path for f in files], force=force)
@@ -53,7 +58,7 @@ def reconstruct(
 
     failures = Failures(files)
     scores: list[tuple[str, float, float]] = []
-    rows: list[tuple[str, np.ndarray, np.ndarray]] = []
+    rows: list[Row] = []
     with progress("reconstructing", len(files)) as advance:
         for positions, pixels in network.batches([f.path for f in files], batch_size, failures):
             before = network.preprocessing.to_images(pixels)
@@ -63,8 +68,8 @@ def reconstruct(
                 label = files[positions[i]].name
                 scores.append((label, decibel, similarity))
                 if len(rows) < MAX_ROWS:
-                    title = f"{label}  {decibel:.2f} dB  SSIM {similarity:.4f}"
-                    rows.append((title, before[i], after[i]))
+                    score = f"{decibel:.2f} dB  SSIM {similarity:.4f}"
+                    rows.append((label, score, before[i], after[i]))
             advance(len(positions))
     failures.check_some_left()
     save_picture(path, picture_of(rows))
@@ -99,30 +104,33 @@ def finite(value: float) -> float | None:
     return value if value < float("inf") else None
 
 
-def picture_of(rows: list[tuple[str, np.ndarray, np.ndarray]]) -> Image.Image:
-    """(label, input, output) [S, S, 3] -> one picture, a row each; one row alone has no label."""
+def picture_of(rows: list[Row]) -> Image.Image:
+    """One picture, a row for each image, labelled above; one row alone has no label."""
     from PIL import Image, ImageDraw, ImageFont
 
-    side = rows[0][1].shape[0]
-    label = _LABEL if len(rows) > 1 else 0
-    width, height = 2 * side + _GAP, (side + label + _GAP) * len(rows) - _GAP
-    sheet = Image.new("RGB", (width, height), "white")
+    side = rows[0][2].shape[0]
+    width = 2 * side + _GAP
+    lines = 0 if len(rows) == 1 else 2 if width < _NARROW else 1
+    step = lines * _LINE + side + _GAP
+    sheet = Image.new("RGB", (width, step * len(rows) - _GAP), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)
-    for i, (text, before, after) in enumerate(rows):
-        top = i * (side + label + _GAP)
-        if label:
-            draw.text((2, top + 1), _shortened(text, width - 4, font), "black", font)
-        sheet.paste(Image.fromarray(before), (0, top + label))
-        sheet.paste(Image.fromarray(after), (side + _GAP, top + label))
+    for i, (name, scores, before, after) in enumerate(rows):
+        label = [name, scores] if lines == 2 else [f"{name}  {scores}"]
+        for k, text in enumerate(label[:lines]):
+            place = 2, i * step + k * _LINE
+            draw.text(place, _shortened(text, width - 4, font), "black", font)
+        top = i * step + lines * _LINE
+        sheet.paste(Image.fromarray(before), (0, top))
+        sheet.paste(Image.fromarray(after), (side + _GAP, top))
     return sheet
 
 
-def _shortened(text: str, width: int, font: object) -> str:
-    """The end of a label holds the numbers, so it is cut in front."""
-    measure = font.getlength  # type: ignore[attr-defined]
-    if measure(text) <= width:
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """Cut in front, as the ends of names and labels tell more."""
+    text = printable(text)
+    if font.getlength(text) <= width:
         return text
-    while text and measure("…" + text) > width:
+    while text and font.getlength("…" + text) > width:
         text = text[1:]
     return "…" + text

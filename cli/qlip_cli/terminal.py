@@ -145,9 +145,9 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to report items done. A bar shows on stderr, if that is a terminal, once
-    this has taken two seconds, and is gone at the end."""
+def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+    """Gives a function to report items done; `total` None where their number is unknown. A bar shows
+    on stderr, if that is a terminal, once this has taken two seconds, and is gone at the end."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda count: None
         return

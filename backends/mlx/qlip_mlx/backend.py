@@ -5,18 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 
 from qlip_core.backends import Weights
 from qlip_core.config import QLIPConfig
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import GeneratorNetwork
 from qlip_core.reference import pooled_position
-from qlip_mlx.kernels import FUSED, POLYNOMIAL
+from qlip_mlx import generator
+from qlip_mlx.kernels import FUSED, PLAIN_CPU
 from qlip_mlx.model import QLIP, load, unquantized
+from qlip_mlx.sampler import MlxGenerator
 
 DEVICES = {"gpu": mx.gpu, "cpu": mx.cpu}
 
@@ -66,6 +71,22 @@ class MlxBackend:
         compile = device == "gpu" if self.compile is None else self.compile
         return MlxNetwork(config, weights, device=device, dtype=dtype, compile=compile)
 
+    def generator(
+        self,
+        config: GeneratorConfig,
+        weights: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+    ) -> GeneratorNetwork:
+        kind, bits = DTYPES[dtype]
+        linux_cpu = device == "cpu" and platform.system() == "Linux"
+        with scope(device):
+            model = generator.load(
+                config, weights, dtype=kind, bits=bits, outputs_adjacent=linux_cpu
+            )
+        return MlxGenerator(model, device, dtype, kind, partial(scope, device))
+
 
 class MlxNetwork:
     """A model whose parts are read when they are first used, and once."""
@@ -82,7 +103,8 @@ class MlxNetwork:
         self._parts: dict[str, QLIP] = {}
         self._compiled: dict[str, Forward] = {}
         linux_cpu = device == "cpu" and platform.system() == "Linux"
-        self._kernels = POLYNOMIAL if linux_cpu else FUSED
+        # Those are made for operations that run one by one.
+        self._kernels = PLAIN_CPU if linux_cpu and not compile else FUSED
         # There everything but a tuned BLAS uses one core a stream.
         self._streams = _streams(len(os.sched_getaffinity(0))) if linux_cpu else []
 
@@ -133,6 +155,11 @@ class MlxNetwork:
         with self._scope():
             return _to_numpy(text.embed_text(mx.array(needed), mx.array(pooled)))
 
+    def text_states(self, ids: np.ndarray) -> np.ndarray:
+        text = self._part("text")
+        with self._scope():
+            return _to_numpy(text.text_model(mx.array(ids)))
+
     def unquantized(self) -> list[str]:
         """Linears that keep their weights although `dtype` is int8 or int4, by published name."""
         return [] if self._bits is None else unquantized(self.config)
@@ -154,16 +181,20 @@ class MlxNetwork:
             mx.eval(pieces)
             return np.concatenate([_to_numpy(piece) for piece in pieces])
 
-    @contextmanager
-    def _scope(self) -> Iterator[None]:
-        """This network's device and cache limit, and afterwards the caller's again."""
-        before = mx.set_cache_limit(CACHE_BYTES)
-        mx.set_cache_limit(min(before, CACHE_BYTES))
-        try:
-            with mx.stream(DEVICES[self.device]):
-                yield
-        finally:
-            mx.set_cache_limit(before)
+    def _scope(self) -> AbstractContextManager[None]:
+        return scope(self.device)
+
+
+@contextmanager
+def scope(device: str) -> Iterator[None]:
+    """A device and the cache limit, and afterwards the caller's again."""
+    before = mx.set_cache_limit(CACHE_BYTES)
+    mx.set_cache_limit(min(before, CACHE_BYTES))
+    try:
+        with mx.stream(DEVICES[device]):
+            yield
+    finally:
+        mx.set_cache_limit(before)
 
 
 def _streams(count: int) -> list[mx.ThreadLocalStream]:

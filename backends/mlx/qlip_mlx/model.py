@@ -370,6 +370,7 @@ class QLIP(nn.Module):
 
 # -- loading -----------------------------------------------------------------------------------
 
+LINEARS = (nn.Linear, PatchEmbedding)
 QUANTIZED_GROUP = 64  # weights of a row that share a scale, where weights are quantized
 
 
@@ -391,6 +392,9 @@ def load(
         raise CheckpointError(f"weights do not fit the model: {problems}")
     model = QLIP(config, parts, kernels)
     model.load_weights([(n, mx.array(_laid_out(n, a), dtype)) for n, a in arrays.items()])
+    for module in model.modules():
+        if isinstance(module, LINEARS):
+            module.weight = kernels.lay_out(module.weight)
     if bits is not None:
         nn.quantize(model, QUANTIZED_GROUP, bits, class_predicate=lambda _, module: _fits(module))
     mx.eval(model.parameters())
@@ -401,8 +405,7 @@ def unquantized(config: QLIPConfig, parts: tuple[str, ...] = PARTS) -> list[str]
     """Names of the linears (the patch embedding is one) that are never quantized, in forward order."""
     modules = dict(QLIP(config, parts).named_modules())
     names = (name.removesuffix(".weight") for name in architecture(config))
-    linears = (nn.Linear, PatchEmbedding)
-    return [n for n in names if isinstance(modules.get(n), linears) and not _fits(modules[n])]
+    return [n for n in names if isinstance(modules.get(n), LINEARS) and not _fits(modules[n])]
 
 
 def _laid_out(name: str, array: np.ndarray) -> np.ndarray:

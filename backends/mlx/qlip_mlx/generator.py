@@ -1,0 +1,252 @@
+"""The generator as MLX modules, for drawing: blocks small to large, the model, loading.
+
+SPEC sections 4 and 5. Legend: B sequences, T prefix, Q new positions, S positions so far, D width, H heads,
+K key-value heads, d = D/H, V values of a sub-token, n sub-tokens a patch.
+
+Classes and their order are those of the PyTorch file. What differs: there is no training, so the
+projections of one input are always one matrix (`_laid_out` maps the checkpoint's names to these), and the
+output table is cut into one head a sub-token number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from qlip_core.errors import CheckpointError
+from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
+from qlip_core.generator.config import GeneratorConfig
+
+Rope = tuple[mx.array, mx.array]
+
+
+class LayerCache(Protocol):
+    """Takes the keys and values of new positions and gives those of all so far, [B, K, S, d]."""
+
+    def put(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
+
+
+# -- blocks ------------------------------------------------------------------------------------
+
+
+def rotate(x: mx.array, rope: Rope) -> mx.array:
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head: [B, Q, heads, d] -> same.
+
+    The tables are [Q, 1, d], with the first half of the sines negative (`Generator.rope`).
+    """
+    cos, sin = rope
+    a, b = mx.split(x, 2, axis=-1)
+    return (x * cos + mx.concatenate([b, a], axis=-1) * sin).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention, [B, Q, D] -> [B, Q, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width, d = config.hidden_size, config.head_dim
+        self.heads, self.groups, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            d,
+        )
+        self.qkv_proj = nn.Linear(width, (self.heads + 2 * self.groups) * d, bias=False)
+        self.o_proj = nn.Linear(self.heads * d, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, rope: Rope, mask: mx.array | None, cache: LayerCache
+    ) -> mx.array:
+        """`mask` bool, broadcast to [B, H, Q, S]: what may be looked at; None: all before, causally."""
+        together = mx.unflatten(self.qkv_proj(x), -1, (-1, self.head_dim))
+        turning = self.heads + self.groups
+        qk, v = together[:, :, :turning], together[:, :, turning:]
+        if "q_norm" in self:
+            q, k = self.q_norm(qk[:, :, : self.heads]), self.k_norm(qk[:, :, self.heads :])
+            qk = mx.concatenate([q, k], axis=2)
+        qk = rotate(qk, rope).swapaxes(1, 2)
+        q, k = qk[:, : self.heads], qk[:, self.heads :]
+        k, v = cache.put(k, v.swapaxes(1, 2))
+        how = "causal" if mask is None and q.shape[2] > 1 else mask
+        scale = 1 / math.sqrt(self.head_dim)
+        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=how)
+        return self.o_proj(y.swapaxes(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(gate * mx.sigmoid(gate) * up)
+
+
+class Block(nn.Module):
+    """x += attn(norm(x)); x += mlp(norm(x)): [B, Q, D] -> [B, Q, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self, x: mx.array, rope: Rope, mask: mx.array | None, cache: LayerCache
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Table of embeddings, blocks and last norm: Llama's `model`."""
+
+    def __init__(self, config: GeneratorConfig, rows: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size)
+        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, rope: Rope, mask: mx.array | None, caches: list[LayerCache]
+    ) -> mx.array:
+        """Embeddings [B, Q, D] -> last hidden states, normed."""
+        for layer, cache in zip(self.layers, caches):
+            x = layer(x, rope, mask, cache)
+        return self.norm(x)
+
+
+class CaptionProjector(nn.Module):
+    """fc2(gelu(fc1(x))), tanh-GELU, no biases: [B, T, F] -> [B, T, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.condition_size, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x = self.fc1(x)
+        # Not MLX's own: it is compiled apart, which on Linux means running a C++ compiler.
+        inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+        return self.fc2(0.5 * x * (1 + mx.tanh(inner)))
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """The language model over visual tokens."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        if config.conditioner != "none":
+            self.caption_projector = CaptionProjector(config)
+            self.null_prefix = mx.zeros((config.prefix_length, width))
+        self.model = Transformer(config, config.text_vocab_size + config.visual_rows)
+        if config.sub_tokens > 1 and not config.separate_sub_tokens:
+            self.sub_token_embedding = nn.Embedding(config.sub_tokens, width)
+        heads = config.sub_tokens if config.separate_sub_tokens else 1
+        self.heads = [nn.Linear(width, config.visual_vocab_size, bias=False) for _ in range(heads)]
+        if config.text_vocab_size:
+            self.text_head = nn.Linear(width, config.text_vocab_size, bias=False)
+
+    def embed_prefix(self, features: mx.array, null: mx.array) -> mx.array:
+        """Caption features [B, T, F] -> prefix [B, T, D]; the null prefix where `null` [B]."""
+        return mx.where(null[:, None, None], self.null_prefix, self.caption_projector(features))
+
+    def embed_sub_tokens(self, values: mx.array, start: int = 0) -> mx.array:
+        """Sub-tokens number `start`, `start` + 1, ... of pictures: [B, Q] -> [B, Q, D]."""
+        config = self.config
+        numbers = [(start + i) % config.sub_tokens for i in range(values.shape[1])]
+        first = mx.array([config.first_row(j) for j in numbers], values.dtype)
+        x = self.model.embed_tokens(values + first)
+        if "sub_token_embedding" in self:
+            x = x + self.sub_token_embedding(mx.array(numbers))
+        return x
+
+    def visual_logits(self, states: mx.array, number: int) -> mx.array:
+        """States that predict sub-token `number` of a patch: [..., D] -> [..., V]."""
+        return self.heads[number % len(self.heads)](states)
+
+    def text_logits(self, states: mx.array) -> mx.array:
+        """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
+        return self.text_head(states)
+
+    def rope(self, at: np.ndarray | None = None) -> Rope:
+        """Rotary tables of positions [S, axes] (None: of a whole picture), float32 [S, 1, d] each, for
+        `rotate`."""
+        where = positions(self.config) if at is None else at
+        cos, sin = rotary_tables(self.config, where)
+        cos, sin = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+        return mx.array(cos[:, None], mx.float32), mx.array(sin[:, None], mx.float32)
+
+
+# -- loading -----------------------------------------------------------------------------------
+
+QUANTIZED_GROUP = 64  # weights of a row that share a scale, where weights are quantized
+
+
+def load(
+    config: GeneratorConfig,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    outputs_adjacent: bool = False,
+) -> Generator:
+    """A generator with `arrays` (name -> array) in `dtype`, on MLX's default device.
+
+    With `bits` (8 or 4) every linear whose rows divide into groups of QUANTIZED_GROUP is quantized.
+    `outputs_adjacent` lays matrices out as [in, out] in memory, which the plain BLAS of MLX's Linux build
+    multiplies a vector by three to four times as fast. Raises CheckpointError if a tensor is missing, misshapen or unknown.
+    """
+    if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
+        raise CheckpointError(f"weights do not fit the generator: {problems}")
+    model = Generator(config)
+    held = {name: mx.array(array, dtype) for name, array in _laid_out(config, arrays).items()}
+    if outputs_adjacent and bits is None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                held[f"{name}.weight"] = mx.contiguous(held[f"{name}.weight"].T).T
+    model.load_weights(list(held.items()))
+    if bits is not None:
+        nn.quantize(model, QUANTIZED_GROUP, bits, class_predicate=lambda _, module: _fits(module))
+    mx.eval(model.parameters())
+    return model
+
+
+def _laid_out(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors under the names of these modules: several as one, one as several."""
+    out = {name: array for name, array in arrays.items() if name != "lm_head.weight"}
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for whole, parts in (
+            (f"{layer}.self_attn.qkv_proj", [f"{layer}.self_attn.{p}_proj" for p in "qkv"]),
+            (f"{layer}.mlp.gate_up_proj", [f"{layer}.mlp.{p}_proj" for p in ("gate", "up")]),
+        ):
+            out[f"{whole}.weight"] = np.concatenate([out.pop(f"{p}.weight") for p in parts])
+    table, V = arrays["lm_head.weight"], config.visual_vocab_size
+    for j in range(config.sub_tokens if config.separate_sub_tokens else 1):
+        out[f"heads.{j}.weight"] = table[config.first_row(j) : config.first_row(j) + V]
+    if config.text_vocab_size:
+        out["text_head.weight"] = table[: config.text_vocab_size]
+    return out
+
+
+def _fits(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and module.weight.shape[-1] % QUANTIZED_GROUP == 0

@@ -1,0 +1,426 @@
+"""`qlip eval`: how good a model is, with the protocol of each figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.classify import read_lines
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
+from qlip_cli.outputs import output_file, save_picture, writing
+from qlip_cli.terminal import (
+    note,
+    print_facts,
+    print_json,
+    print_line,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from qlip_core import Model
+    from qlip_core.evaluation import Examples, Result
+
+BUNDLED = "bundled"
+EMOJI = "emoji"
+
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Measure a model. Every result says how it was measured, and compares with its like only.",
+    epilog="Example: qlip eval recon bundled emoji",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help='Folder, .safetensors file, hub id, or "bundled" (the model that ships with qlip).',
+    ),
+]
+DataArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        show_default=False,
+        help='Folder of images, shards ("x/{000..099}.tar"), parquet, or "emoji".',
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        metavar="DIR",
+        show_default=False,
+        help="Folder for the results as JSON (and the picture).",
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(metavar="N", min=1, show_default=False, help="Use the first N images only."),
+]
+Classes = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Names of classes: lines of label<TAB>name."),
+]
+
+
+@app.command(epilog="Example: qlip eval recon bundled photos/ --out results")
+def recon(
+    model: ModelArgument,
+    data: DataArgument,
+    lpips: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS",
+            help='Also LPIPS: safetensors of VGG16 and the linear weights, or "random" (not LPIPS).',
+        ),
+    ] = None,
+    inception: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHTS",
+            help='Also rFID: safetensors of FID\'s Inception-V3, or "random" (not FID).',
+        ),
+    ] = None,
+    shown: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Best, median and worst shown, of each.")
+    ] = 4,
+    limit: Limit = None,
+    out: Out = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """PSNR, SSIM, bit usage, and with their weights LPIPS and rFID.
+
+    With --out, also a picture of the best, the median and the worst reconstructions.
+    """
+    saving = _Saving(out, ["reconstruction"], force, picture=shown > 0)
+    network = _load(model, revision, backend, device, dtype)
+
+    from qlip_core.evaluation import evaluate_reconstruction
+    from qlip_core.evaluation.emoji import HELD_OUT, reconstruction_examples
+
+    where = network.device if network.backend == "torch" else "cpu"
+    metrics = _learned(lpips, inception, where)
+    if data == EMOJI:
+        examples: Examples = reconstruction_examples(network.config.image_size, limit or HELD_OUT)
+    else:
+        examples = _stored(data, limit)
+    with progress("reconstructing", _count(examples)) as advance:
+        result = evaluate_reconstruction(
+            network,
+            examples,
+            batch_size=batch_size,
+            lpips=metrics[0],
+            inception=metrics[1],
+            shown=shown if out is not None else 0,
+            progress=advance,
+        )
+    _show([("reconstruction", result)], saving, json)
+
+
+@app.command("zero-shot", epilog="Example: qlip eval zero-shot bundled emoji")
+def zero_shot(
+    model: ModelArgument,
+    data: DataArgument,
+    templates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="What is said of a class, one a line, {} for its name; averaged."
+        ),
+    ] = None,
+    classes: Classes = None,
+    limit: Limit = None,
+    out: Out = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Classification by the names of classes: top-1 and top-5.
+
+    An image's class is the folder it lies in, else "label" in its metadata, else its caption. With
+    "emoji" there are two results: names that training saw, in new renderings, which is not zero-shot,
+    and names that it never saw, which is.
+    """
+    names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["zero-shot"]
+    saving = _Saving(out, names, force)
+    said = read_lines(templates) if templates is not None else ["{}"]
+    network = _load(model, revision, backend, device, dtype)
+
+    from qlip_core.evaluation import emoji, evaluate_zero_shot
+
+    sets: list[tuple[Examples, Sequence[str] | None]]
+    if data == EMOJI:
+        size, count = network.config.image_size, limit or emoji.HELD_OUT
+        sets = [
+            (emoji.seen_class_examples(size, count), emoji.CLASS_NAMES_100),
+            (emoji.unseen_class_examples(size, count), emoji.UNSEEN_CLASS_NAMES),
+        ]
+    else:
+        sets = [(_stored(data, limit, classes), None)]
+    results = []
+    for name, (examples, every) in zip(names, sets):
+        with progress("classifying", _count(examples)) as advance:
+            result = evaluate_zero_shot(
+                network,
+                examples,
+                every,
+                templates=said,
+                batch_size=batch_size,
+                progress=advance,
+            )
+        results.append((name, result))
+    _show(results, saving, json)
+
+
+@app.command(epilog="Example: qlip eval retrieval bundled 'coco/*.tar'")
+def retrieval(
+    model: ModelArgument,
+    data: DataArgument,
+    limit: Limit = None,
+    out: Out = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """R@1, R@5 and R@10 between pictures and captions, both ways.
+
+    With "emoji" there are two results, captions of seen names and captions of unseen names.
+    """
+    names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["retrieval"]
+    files = [f"retrieval-{name}" if data == EMOJI else name for name in names]
+    saving = _Saving(out, files, force)
+    network = _load(model, revision, backend, device, dtype)
+
+    from qlip_core.evaluation import emoji, evaluate_retrieval
+
+    sets: list[Examples]
+    if data == EMOJI:
+        size, count = network.config.image_size, limit or emoji.CAPTIONS
+        sets = [
+            emoji.seen_caption_examples(size, count),
+            emoji.unseen_caption_examples(size, count),
+        ]
+    else:
+        sets = [_stored(data, limit)]
+    results = []
+    for name, examples in zip(files, sets):
+        with progress("embedding", _count(examples)) as advance:
+            result = evaluate_retrieval(network, examples, batch_size=batch_size, progress=advance)
+        results.append((name, result))
+    _show(results, saving, json)
+
+
+@app.command("linear-probe", epilog="Example: qlip eval linear-probe bundled train/ --test val/")
+def linear_probe(
+    model: ModelArgument,
+    data: DataArgument,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="What to test on (default: a fifth of DATA, by key)."),
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", show_default=False, help="cls, patches, both (default: all three)."
+        ),
+    ] = None,
+    classes: Classes = None,
+    limit: Limit = None,
+    out: Out = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Accuracy of a linear classifier on the encoder's last layer.
+
+    Classes as for zero-shot. With "emoji": 100 seen names, fitted to plain renderings of training and
+    tested on held-out ones.
+    """
+    saving = _Saving(out, ["linear-probe"], force)
+    network = _load(model, revision, backend, device, dtype)
+
+    from qlip_core.evaluation import evaluate_linear_probe
+    from qlip_core.evaluation.emoji import HELD_OUT, probe_examples
+    from qlip_core.evaluation.examples import Part
+    from qlip_core.evaluation.linear_probe import FEATURES
+
+    train_on: Examples
+    test_on: Examples
+    if data == EMOJI:
+        train_on, test_on = probe_examples(network.config.image_size, limit or HELD_OUT)
+    elif test is not None:
+        train_on, test_on = _stored(data, limit, classes), _stored(test, limit, classes)
+    else:
+        whole = _stored(data, limit, classes)
+        train_on, test_on = Part(whole, test=False), Part(whole, test=True)
+    with progress("extracting features", None) as advance:
+        result = evaluate_linear_probe(
+            network,
+            train_on,
+            test_on,
+            features=features or FEATURES,
+            batch_size=batch_size,
+            progress=advance,
+        )
+    _show([("linear-probe", result)], saving, json)
+
+
+@app.command(epilog="Example: qlip eval compare a/reconstruction.json b/reconstruction.json")
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", show_default=False)],
+    second: Annotated[Path, typer.Argument(metavar="B.json", show_default=False)],
+    json: Json = False,
+) -> None:
+    """Two results side by side, if they were measured in one way; else what differs."""
+    from qlip_core.evaluation import Result
+    from qlip_core.evaluation import compare as compared
+    from qlip_core.evaluation.protocol import score_text
+
+    a, b = Result.load(first), Result.load(second)
+    rows = compared(a, b)
+    if json:
+        print_json(
+            {
+                "a": a.protocol.to_dict(),
+                "b": b.protocol.to_dict(),
+                "scores": {name: [x, y] for name, x, y in rows},
+            }
+        )
+        return
+    print_table(
+        [(name, score_text(name, x), score_text(name, y)) for name, x, y in rows],
+        ("score", str(first), str(second)),
+    )
+
+
+# -- what the commands share -------------------------------------------------------------------
+
+
+def _load(model: str, revision: str | None, backend: str, device: str, dtype: str) -> Model:
+    name = None if model == BUNDLED else model
+    return options.load_model(name, revision, backend, device, dtype)
+
+
+def _stored(data: str, limit: int | None, classes: Path | None = None) -> Examples:
+    from qlip_core.evaluation import StoredExamples
+    from qlip_core.evaluation.examples import read_classes
+
+    return StoredExamples(data, limit, {} if classes is None else read_classes(classes))
+
+
+def _count(examples: Examples) -> int | None:
+    return getattr(examples, "count", None) or getattr(examples, "limit", None)
+
+
+def _learned(lpips: str | None, inception: str | None, device: str) -> tuple:
+    """The learned metrics asked for, or None; they need torch, whatever runs the model."""
+    if lpips is None and inception is None:
+        return None, None
+    from qlip_core.errors import BackendError
+
+    try:
+        from qlip_torch.evaluation import inception_features, lpips_metric
+    except ImportError:
+        raise BackendError("LPIPS and rFID need torch: pip install 'qlip[torch]'") from None
+    return (
+        None if lpips is None else lpips_metric(lpips, device),
+        None if inception is None else inception_features(inception, device),
+    )
+
+
+class _Saving:
+    """The files of `--out`: checked before any work, written at the end."""
+
+    def __init__(
+        self, folder: Path | None, names: Sequence[str], force: bool, *, picture: bool = False
+    ) -> None:
+        self.folder = folder
+        self.files: dict[str, Path] = {}
+        self.picture: Path | None = None
+        if folder is None:
+            return
+        from qlip_core.errors import QlipError
+
+        if folder.exists() and not folder.is_dir():
+            raise QlipError(f"{folder}: exists and is not a folder; name another with --out")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            self.files[name] = output_file(folder / f"{name}.json", "", force=force)
+        if picture:
+            self.picture = output_file(folder / f"{names[0]}.png", "", force=force)
+
+    def write(self, name: str, result: Result) -> None:
+        if self.folder is None:
+            return
+        import json
+
+        from qlip_core.tensorfile import atomic_file
+
+        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        with writing(self.files[name]), atomic_file(self.files[name]) as file:
+            file.write(text.encode())
+        if self.picture is not None and result.grid is not None:
+            save_picture(self.picture, result.grid)
+
+
+def _show(results: Sequence[tuple[str, Result]], saving: _Saving, json: bool) -> None:
+    """Results on stdout, their files, what was broken on stderr; exit 1 if anything was."""
+    for name, result in results:
+        saving.write(name, result)
+    if json:
+        print_json({"results": [{"name": name} | result.to_dict() for name, result in results]})
+    else:
+        for number, (_, result) in enumerate(results):
+            if number:
+                print_line("")
+            protocol = result.protocol
+            print_line(f"{protocol.task}: {protocol.dataset}")
+            print_facts(
+                [
+                    ("images", f"{protocol.count:,}"),
+                    *result.rows(),
+                    ("model", f"{protocol.model_name} ({protocol.model})"),
+                    ("run on", f"{protocol.backend}, {protocol.device}, {protocol.dtype}"),
+                    ("reference", protocol.reference[:16]),
+                ],
+                indent=2,
+            )
+        for path in (*saving.files.values(), saving.picture):
+            if path is not None and path.exists():
+                print_line(str(path))
+    broken = 0
+    for _, result in results:
+        counts = result.failed.get("counts", {})
+        broken += sum(counts.values())
+        for text in result.failed.get("named", []):
+            note(f"broken: {text}")
+    if broken:
+        note(f"{broken} examples could not be used")
+    raise typer.Exit(1 if broken else 0)

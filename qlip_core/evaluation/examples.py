@@ -1,0 +1,182 @@
+"""What is evaluated on: pictures with what is said of them, read as a stream and as often as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from qlip_core.data.draws import stable_hash
+from qlip_core.data.samples import BROKEN_IMAGE, Bad, Tally
+from qlip_core.data.shards import iter_samples, open_source
+from qlip_core.errors import DataError, ImageError
+from qlip_core.images import ImageLike, find_images
+from qlip_core.model import Model
+
+# Batches whose images are decoded ahead together: bounds memory, and keeps the decoding threads busy.
+_AHEAD = 8
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture, its caption and its class (empty where there is none)."""
+
+    key: str
+    image: ImageLike = field(repr=False)
+    caption: str = ""
+    label: str = ""
+
+
+class Examples(Protocol):
+    """A set that can be read more than once, always in the same order."""
+
+    @property
+    def name(self) -> str:
+        """What results call it."""
+        ...
+
+    def __iter__(self) -> Iterator[Example | Bad]: ...
+
+
+@dataclass(frozen=True)
+class ExampleList:
+    """A set held in memory."""
+
+    name: str
+    examples: Sequence[Example]
+
+    @classmethod
+    def of_images(cls, images: Iterable[ImageLike], name: str = "images") -> ExampleList:
+        """Images alone, called by their paths or their numbers."""
+        named = (
+            (str(im) if isinstance(im, str | Path) else str(i), im) for i, im in enumerate(images)
+        )
+        return cls(name, [Example(key, image) for key, image in named])
+
+    def __iter__(self) -> Iterator[Example | Bad]:
+        return iter(self.examples)
+
+
+@dataclass(frozen=True)
+class StoredExamples:
+    """Tars, parquet, or a folder of images.
+
+    A folder needs no captions: a `.txt` beside an image is its caption if there is one. An image's class
+    is the folder it lies in, else the metadata's "label", else its caption; `classes` renames them.
+    `limit` ends the set early.
+    """
+
+    location: str
+    limit: int | None = None
+    classes: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"limit (={self.limit}) must be at least 1")
+
+    @property
+    def name(self) -> str:
+        return self.location
+
+    def __iter__(self) -> Iterator[Example | Bad]:
+        return islice(self._all(), self.limit)
+
+    def _all(self) -> Iterator[Example | Bad]:
+        source = open_source(self.location)
+        if source.kind == "folder":
+            yield from self._folder(Path(self.location))
+            return
+        for item in iter_samples(source):
+            if isinstance(item, Bad):
+                yield item
+            else:
+                label = _label(item.meta) or item.caption
+                yield Example(item.key, item.image_bytes, item.caption, self._renamed(label))
+
+    def _folder(self, folder: Path) -> Iterator[Example]:
+        for path in find_images(folder):
+            text = path.with_suffix(".txt")
+            caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
+            inside = path.relative_to(folder)
+            label = inside.parts[0] if len(inside.parts) > 1 else caption
+            yield Example(inside.as_posix(), path, caption, self._renamed(label))
+
+    def _renamed(self, label: str) -> str:
+        return self.classes.get(label, label)
+
+
+def _label(meta: dict[str, Any]) -> str:
+    value = meta.get("label", "")
+    return str(value) if isinstance(value, str | int) else ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A fixed share of a set, drawn by the examples' keys: a fifth to test on, or the rest to train on."""
+
+    whole: Examples
+    test: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.whole.name}, {'a fifth' if self.test else 'four fifths'} by key"
+
+    def __iter__(self) -> Iterator[Example | Bad]:
+        return (each for each in self.whole if (stable_hash(each.key) % 5 == 0) == self.test)
+
+
+def read_classes(path: str | Path) -> dict[str, str]:
+    """Class names from a file of lines "folder or label<TAB>name"; raises DataError for other lines."""
+    out = {}
+    try:
+        lines = Path(path).read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            label, tab, name = line.partition("\t")
+            if not tab or not name.strip():
+                raise DataError(f"{path}, line {number}: expected label<TAB>name, got {line!r}")
+            out[label.strip()] = name.strip()
+    if not out:
+        raise DataError(f"{path}: names no class")
+    return out
+
+
+def batches(
+    model: Model, examples: Iterable[Example | Bad], batch_size: int, broken: Tally
+) -> Iterator[tuple[list[Example], np.ndarray]]:
+    """Yield (examples, pixels float32 [b, 3, S, S]); what cannot be read goes to `broken`.
+
+    At most eight batches of encoded images are in memory.
+    """
+    good = _good(examples, broken)
+    while chunk := list(islice(good, _AHEAD * batch_size)):
+
+        def report(position: int, error: ImageError, chunk: list[Example] = chunk) -> None:
+            key = chunk[position].key
+            broken.add(Bad(key, "image", BROKEN_IMAGE, str(error)))
+
+        images = [example.image for example in chunk]
+        for positions, pixels in model.batches(images, batch_size, report):
+            yield [chunk[position] for position in positions], pixels
+
+
+def _good(examples: Iterable[Example | Bad], broken: Tally) -> Iterator[Example]:
+    for example in examples:
+        if isinstance(example, Bad):
+            broken.add(example)
+        else:
+            yield example
+
+
+def check_some(count: int, examples: Examples, broken: Tally) -> None:
+    """Raises DataError where nothing could be measured."""
+    if count:
+        return
+    why = f"; first of {broken.total} broken: {broken.named[0]}" if broken.total else ""
+    raise DataError(f"{examples.name}: no usable image in it{why}")

@@ -1,0 +1,44 @@
+"""One picture of the best, the median and the worst reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+_GAP = 4
+_LABEL = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A title, and pairs (input, output), each uint8 [S, S, 3], with a caption each."""
+
+    title: str
+    pairs: Sequence[tuple[np.ndarray, np.ndarray, str]]
+
+
+def draw_grid(rows: Sequence[Row], scale: int = 1) -> np.ndarray:
+    """uint8 [H, W, 3]: a row each, input beside output; `scale` repeats pixels, so small ones show."""
+    side = rows[0].pairs[0][0].shape[0] * scale
+    cell = 2 * side + 3 * _GAP
+    width = max(len(row.pairs) for row in rows) * cell
+    height = len(rows) * (side + 2 * _LABEL + _GAP)
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    for r, row in enumerate(rows):
+        top = r * (side + 2 * _LABEL + _GAP)
+        draw.text((2, top), row.title, "black", font)
+        for c, (before, after, caption) in enumerate(row.pairs):
+            left = c * cell
+            for image, x in ((before, left), (after, left + side + _GAP)):
+                sheet.paste(_scaled(image, scale), (x, top + _LABEL))
+            draw.text((left + 2, top + _LABEL + side), caption, "black", font)
+    return np.asarray(sheet)
+
+
+def _scaled(image: np.ndarray, scale: int) -> Image.Image:
+    return Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))

@@ -1,0 +1,232 @@
+"""Results that say how they were measured, and refuse to stand beside others measured differently.
+
+A figure without its protocol compares with nothing: crop, resize, reference set, count and the weights
+behind a metric each move rFID by more than most methods do. So every result carries them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import qlip_core
+from qlip_core.architecture import architecture
+from qlip_core.errors import DataError, QlipError
+from qlip_core.model import Model
+
+# What is compared, and not how it is measured: these may differ between two results. So may what a
+# set is called, where its pictures and labels are the same.
+SUBJECT = ("dataset", "model", "model_name", "backend", "device", "dtype", "version")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a result was measured."""
+
+    task: str
+    dataset: str
+    count: int
+    """Images measured; broken ones are not among them."""
+    preprocessing: str
+    """Resize, crop and normalisation."""
+    reference: str
+    """SHA-256 of the images as the model sees them (uint8 [S, S, 3], in order) and of their labels."""
+    model: str
+    """Fingerprint of the weights that the task uses."""
+    model_name: str
+    backend: str
+    device: str
+    dtype: str
+    version: str
+    """Of the package."""
+    metrics: Mapping[str, str] = field(default_factory=dict)
+    """Metric -> SHA-256 of its weights, or how it is defined where it has none."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """All else that changes the figures: templates, k, splits."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The protocol in JSON types."""
+        return asdict(self)
+
+    def differences(self, other: Protocol) -> list[str]:
+        """ "field: ours / theirs" for whatever keeps two results from being compared.
+
+        A metric that only one of them has keeps nothing from it.
+        """
+        out = []
+        for each in fields(self):
+            ours, theirs = getattr(self, each.name), getattr(other, each.name)
+            if each.name in SUBJECT or ours == theirs:
+                continue
+            if each.name == "metrics":
+                names = [n for n in ours if n in theirs and ours[n] != theirs[n]]
+            elif isinstance(ours, Mapping):
+                names = sorted(
+                    n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n)
+                )
+            else:
+                out.append(f"{each.name}: {_short(ours)} / {_short(theirs)}")
+                continue
+            out += [
+                f"{each.name}.{n}: {_short(ours.get(n))} / {_short(theirs.get(n))}" for n in names
+            ]
+        if self.reference != other.reference and self.dataset != other.dataset:
+            out.append(f"dataset: {_short(self.dataset)} / {_short(other.dataset)}")
+        return out
+
+
+def make_protocol(
+    model: Model,
+    task: str,
+    dataset: str,
+    count: int,
+    reference: str,
+    *,
+    uses_text: bool,
+    metrics: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Protocol:
+    """The protocol of a measurement of `model`."""
+    size = model.config.image_size
+    mean, std = model.preprocessing.mean, model.preprocessing.std
+    return Protocol(
+        task=task,
+        dataset=dataset,
+        count=count,
+        preprocessing=(
+            f"RGB, shortest edge to {size} (Pillow bicubic), centre crop {size}x{size}, "
+            f"mean {list(mean)}, std {list(std)}"
+        ),
+        reference=reference,
+        model=weights_fingerprint(model) if uses_text else model.fingerprint,
+        model_name=str(model.checkpoint.folder),
+        backend=model.backend,
+        device=model.device,
+        dtype=model.dtype,
+        version=qlip_core.__version__,
+        metrics=dict(metrics or {}),
+        settings=dict(settings or {}),
+    )
+
+
+def weights_fingerprint(model: Model) -> str:
+    """32 hex digits of the visual towers (as token files have it) and the whole text tower."""
+    digest = hashlib.sha256(model.fingerprint.encode())
+    for name, spec in sorted(architecture(model.config).items()):
+        if spec.part == "text":
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(model.checkpoint.tensor(name), "<f4").data)
+    return digest.hexdigest()[:32]
+
+
+class ReferenceHash:
+    """SHA-256 of images and what is said of them, as they come by."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, images: np.ndarray, texts: Iterable[str] = ()) -> None:
+        """uint8 [B, S, S, 3], and a caption or label each."""
+        self._digest.update(np.ascontiguousarray(images).data)
+        for text in texts:
+            # The length keeps "ab", "c" apart from "a", "bc".
+            self._digest.update(f"{len(text.encode())}:{text}".encode())
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
+
+
+def text_hash(texts: Iterable[str]) -> str:
+    """SHA-256 of a list of texts."""
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+# -- results -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """Scores by name, each a finite number or None, with the protocol that gave them.
+
+    `details` in JSON types: what is too long for a table. `grid` uint8 [H, W, 3], where there is one.
+    """
+
+    protocol: Protocol
+    scores: Mapping[str, float | None]
+    details: Mapping[str, Any] = field(default_factory=dict)
+    failed: Mapping[str, Any] = field(default_factory=dict)
+    """Examples that could not be read, as `Tally.to_dict` gives them."""
+    grid: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, value in self.scores.items():
+            assert value is None or math.isfinite(value), f"{name} is {value}"
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(score, its value as text), to be shown as a table."""
+        return [(name, score_text(name, value)) for name, value in self.scores.items()]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in JSON types, without the picture."""
+        return {
+            "protocol": self.protocol.to_dict(),
+            "scores": dict(self.scores),
+            "details": dict(self.details),
+            "failed": dict(self.failed),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """From what `to_dict` gives. Raises DataError for anything else."""
+        try:
+            protocol = Protocol(**values["protocol"])
+            return cls(protocol, values["scores"], values["details"], values["failed"])
+        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise DataError(f"not a result of an evaluation ({error})") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Result:
+        """From a JSON file. Raises DataError where it is not one."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: cannot be read ({error})") from None
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
+
+
+def score_text(name: str, value: float | None) -> str:
+    """A score for people: its unit follows from its name."""
+    if value is None:
+        return "-"
+    if "PSNR" in name:
+        return f"{value:.2f} dB"
+    if "top-" in name or "R@" in name or "accuracy" in name or "share" in name or name == "chance":
+        return f"{100 * value:.1f} %"
+    return f"{value:.4f}"
+
+
+def compare(a: Result, b: Result) -> list[tuple[str, float | None, float | None]]:
+    """(score, a's, b's) for all scores of either.
+
+    Raises QlipError naming the fields that differ where the two were not measured in one way; the
+    model, backend, device, dtype and package version are what is compared, so they may differ.
+    """
+    if found := a.protocol.differences(b.protocol):
+        raise QlipError(
+            f"these results were measured differently and do not compare: {'; '.join(found)}"
+        )
+    names = [*a.scores, *(n for n in b.scores if n not in a.scores)]
+    return [(n, a.scores.get(n), b.scores.get(n)) for n in names]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"{text[:57]}..." if len(text) > 60 else text

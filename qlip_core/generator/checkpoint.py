@@ -1,0 +1,97 @@
+"""A generator on disk: a folder of `config.json` and `model.safetensors`, strict both ways."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from qlip_core.checkpoint import WEIGHTS, replace_folder, weight_files
+from qlip_core.errors import CheckpointError
+from qlip_core.generator.architecture import architecture, diff_tensors
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.tensorfile import TensorFile, write_tensors
+
+FOLDER = "generator"  # inside a tokenizer's folder
+
+
+@dataclass(frozen=True)
+class GeneratorCheckpoint:
+    """A generator's config, and where its tensors are; they are read when asked for."""
+
+    config: GeneratorConfig
+    folder: Path
+    files: Mapping[str, TensorFile]  # by name of the tensor
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors, float32. Raises CheckpointError for NaN or infinite values."""
+        return {name: self._tensor(name) for name in architecture(self.config)}
+
+    def _tensor(self, name: str) -> np.ndarray:
+        file = self.files[name]
+        values = file.float32(name)
+        if not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise CheckpointError(
+                f"{file.path}: tensor {name} has {bad} values that are NaN or infinite"
+            )
+        return values
+
+
+def open_generator(folder: str | Path) -> GeneratorCheckpoint:
+    """Open a generator's folder; reads headers only.
+
+    Raises ConfigError or CheckpointError; the latter lists every tensor that is missing, unexpected or
+    of another shape.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; a generator is a folder with config.json")
+    config = GeneratorConfig.from_file(folder / "config.json")
+    files: dict[str, TensorFile] = {}
+    for path in weight_files(folder):
+        file = TensorFile(path)
+        for name in file.entries:
+            if name in files:
+                first = files[name].path.name
+                raise CheckpointError(f"{folder}: tensor {name} is in {first} and in {path.name}")
+            files[name] = file
+    shapes = {name: file.entries[name].shape for name, file in files.items()}
+    if problem := diff_tensors(config, shapes):
+        raise CheckpointError(f"{folder}: the weights do not fit the config: {problem}")
+    return GeneratorCheckpoint(config, folder, files)
+
+
+def save_generator(
+    folder: str | Path,
+    config: GeneratorConfig,
+    weights: Mapping[str, np.ndarray],
+    *,
+    dtype: str = "float32",
+) -> Path:
+    """Write a generator's folder, whole or not at all; an existing one is replaced.
+
+    `weights` float32 by name, all of them; `dtype` how they are stored (float32, float16, bfloat16).
+    Raises CheckpointError if they do not fit the config or are not finite.
+    """
+    folder = Path(folder)
+    if problem := diff_tensors(config, {name: w.shape for name, w in weights.items()}):
+        raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
+    for name, values in weights.items():
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{folder}: not written, {name} has NaN or infinite values")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary.mkdir()
+    try:
+        ordered = {name: weights[name] for name in architecture(config)}
+        write_tensors(temporary / WEIGHTS, ordered, dtype=dtype, metadata={"format": "pt"})
+        (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
+        replace_folder(folder, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder

@@ -1,0 +1,113 @@
+"""From prompts to caption features: QLIP's own text tower, or FLAN-T5 (SPEC section 4).
+
+Both give `Captions` padded on the left, so that the last position of the prefix, which predicts the first
+sub-token, is always a caption's last token. An empty prompt is the null prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from qlip_core.backends import get_backend
+from qlip_core.errors import GenerationError, TextError
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import Captions
+from qlip_core.reference import pooled_position
+
+if TYPE_CHECKING:
+    from qlip_core.config import TextConfig
+    from qlip_core.text import Tokenizer
+
+
+class Conditioner(Protocol):
+    """Prompts, none of them empty -> features of their last T tokens."""
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(features float32 [B, T, F], valid bool [B, T]), padded on the left."""
+        ...
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens of each prompt before any cut, with the special ones around it."""
+        ...
+
+
+class TextTower:
+    """QLIP's text encoder: its hidden states after the last norm, of all tokens up to the end token.
+
+    `states` maps token ids int64 [B, S] to float32 [B, S, F]. Over T tokens a prompt loses its last words;
+    the end token stays.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        states: Callable[[np.ndarray], np.ndarray],
+        config: TextConfig,
+        length: int,
+    ) -> None:
+        self._tokenizer, self._states = tokenizer, states
+        self._end = config.eos_token_id
+        self._length = length
+
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        if self._tokenizer is None:
+            raise TextError(
+                "this checkpoint has no tokenizer files, so it takes no prompts; an empty prompt draws "
+                "without one"
+            )
+        return self.features(self._tokenizer(prompts))
+
+    def features(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids int64 [B, S], as the tokenizer gives them -> (features, valid)."""
+        ids = ids.copy()
+        ends = pooled_position(ids, self._end)
+        over = ends >= self._length
+        ids[over, self._length - 1] = ids[over, ends[over]]
+        ends = np.minimum(ends, self._length - 1)
+        # Attention is causal: nothing after the last end token is needed.
+        states = self._states(ids[:, : ends.max(initial=0) + 1])
+        out = np.zeros((len(ids), self._length, states.shape[-1]), np.float32)
+        for row, state, end in zip(out, states, ends):
+            row[self._length - end - 1 :] = state[: end + 1]
+        places = np.arange(self._length)
+        return out, places >= self._length - 1 - ends[:, None]
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        return [] if self._tokenizer is None else self._tokenizer.count(prompts)
+
+
+class _CaptionBackend(Protocol):
+    def t5(self, name: str, length: int, device: str) -> Conditioner: ...
+
+
+def t5(config: GeneratorConfig) -> Conditioner:
+    """FLAN-T5's encoder, which only the torch backend has; raises BackendError without torch."""
+    torch: _CaptionBackend = get_backend("torch")  # type: ignore[assignment]
+    return torch.t5(config.t5_model, config.prefix_length, "auto")
+
+
+def encode_prompts(
+    prompts: Sequence[str], conditioner: Conditioner, config: GeneratorConfig
+) -> Captions:
+    """Prompts to Captions; one that is empty or blank is the null prefix. Equal ones are encoded once.
+
+    Raises GenerationError if what the conditioner gives is not what the generator takes.
+    """
+    shape = (len(prompts), config.prefix_length, config.condition_size)
+    features, valid = np.zeros(shape, np.float32), np.ones(shape[:2], bool)
+    null = np.array([not prompt.strip() for prompt in prompts], bool)
+    told = list(dict.fromkeys(p for p, absent in zip(prompts, null) if not absent))
+    if told:
+        values, places = conditioner(told)
+        if values.shape[1:] != shape[1:]:
+            raise GenerationError(
+                f"the conditioner gives {list(values.shape[1:])} a caption, the generator takes "
+                f"{list(shape[1:])}: it was trained with another one"
+            )
+        row = {prompt: i for i, prompt in enumerate(told)}
+        for i in np.flatnonzero(~null):
+            features[i], valid[i] = values[row[prompts[i]]], places[row[prompts[i]]]
+    return Captions(features, valid, null)

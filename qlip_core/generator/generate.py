@@ -1,0 +1,141 @@
+"""Prompts to visual tokens: what `Model.generate` and its kin do, whatever the backend."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qlip_core import bsq
+from qlip_core.errors import GenerationError, TextError
+from qlip_core.generator.conditioning import Conditioner, encode_prompts
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import Draw, GeneratorNetwork
+from qlip_core.generator.sampling import Sampling, check_seed, guidance_scales, step_keys
+
+Progress = Callable[[int], None]
+MAX_IMAGES = 1 << 32  # the number of an image is hashed as 32 bits
+
+
+class PromptCut(UserWarning):
+    """A prompt was longer than the generator's prefix."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw: a prompt for every picture, and its number among the pictures of that prompt.
+
+    The noise follows from the seed and that number alone, so a picture is the same whatever is drawn
+    beside it, and equal prompts, be it by n or by being named twice, give different pictures.
+    """
+
+    prompts: tuple[str, ...]
+    numbers: tuple[int, ...]
+    seed: int
+    sampling: Sampling
+
+    @classmethod
+    def of(
+        cls, prompts: str | Sequence[str], n: int, seed: int, sampling: Sampling, vocab: int
+    ) -> Request:
+        """n pictures of each prompt, in the prompts' order. Raises GenerationError or TextError."""
+        sampling.check(vocab)
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n < MAX_IMAGES:
+            raise GenerationError(f"n (={n!r}) must be a positive number of pictures a prompt")
+        each = [prompts] if isinstance(prompts, str) else list(prompts)
+        for prompt in each:
+            if not isinstance(prompt, str):
+                raise TextError(f"prompts must be strings, got {type(prompt).__name__}")
+        seen: Counter[str] = Counter()
+        numbers = []
+        for prompt in each:
+            numbers += range(seen[prompt], seen[prompt] + n)
+            seen[prompt] += n
+        repeated = tuple(prompt for prompt in each for _ in range(n))
+        return cls(repeated, tuple(numbers), check_seed(seed), sampling)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def merged(
+    sampling: Sampling,
+    *,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    cfg_scale: float | None,
+    cfg_schedule: str | None,
+    cfg_interval: tuple[float, float] | None,
+) -> Sampling:
+    """A generator's own settings, with those that were given instead."""
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "cfg_scale": cfg_scale,
+        "cfg_schedule": cfg_schedule,
+        "cfg_interval": cfg_interval,
+    }
+    return replace(sampling, **{k: v for k, v in given.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class TokenDrawer:
+    """A generator with what encodes its captions."""
+
+    config: GeneratorConfig
+    network: GeneratorNetwork
+    conditioner: Conditioner
+
+    def draw(
+        self, request: Request, batch_size: int, progress: Progress | None = None
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first picture, bits uint8 [b, N, L]) batch by batch; `progress` hears of sub-tokens."""
+        for start in range(0, len(request), batch_size):
+            stop = min(start + batch_size, len(request))
+            rows = []
+            for chunk in self._rows(request, slice(start, stop)):
+                rows.append(chunk)
+                if progress is not None:
+                    progress(chunk.size)
+            yield start, self.bits(np.concatenate(rows, axis=1))
+
+    def stream(self, request: Request) -> Iterator[np.ndarray]:
+        """All pictures at once, row of patches by row: bits uint8 [B, patches so far, L]."""
+        so_far = np.empty((len(request), 0), np.int64)
+        for chunk in self._rows(request, slice(None)):
+            so_far = np.concatenate([so_far, chunk], axis=1)
+            yield self.bits(so_far)
+
+    def bits(self, tokens: np.ndarray) -> np.ndarray:
+        """Sub-tokens of whole patches, int64 [B, p*n] -> bits uint8 [B, p, L]."""
+        by_patch = tokens.reshape(len(tokens), -1, self.config.sub_tokens)
+        return bsq.integers_to_bits(by_patch, self.config.group_size)
+
+    def _rows(self, request: Request, part: slice) -> Iterator[np.ndarray]:
+        config, prompts = self.config, request.prompts[part]
+        self._warn_of_cuts(prompts)
+        steps = config.tokens_per_image
+        order = Draw(
+            encode_prompts(prompts, self.conditioner, config),
+            request.sampling,
+            step_keys(request.seed, request.numbers[part], steps),
+            guidance_scales(request.sampling, steps),
+            config.tokens_per_row,
+        )
+        return self.network.draw(order)
+
+    def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
+        limit, told = self.config.prefix_length, [p for p in dict.fromkeys(prompts) if p.strip()]
+        for prompt, count in zip(told, self.conditioner.count(told)):
+            if count > limit:
+                start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
+                warnings.warn(
+                    f'prompt "{start}" has {count} tokens, over the limit of {limit}: its end is cut',
+                    PromptCut,
+                    stacklevel=2,
+                )

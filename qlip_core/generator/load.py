@@ -1,0 +1,62 @@
+"""The generator of a tokenizer: found, checked against it, put on a backend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qlip_core.backends import Network, get_backend
+from qlip_core.checkpoint import Checkpoint
+from qlip_core.errors import CheckpointError, GenerationError
+from qlip_core.generator.checkpoint import FOLDER, GeneratorCheckpoint, open_generator
+from qlip_core.generator.conditioning import Conditioner, TextTower, t5
+from qlip_core.generator.generate import TokenDrawer
+
+
+def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> GeneratorCheckpoint | None:
+    """The generator in the folder `named`, or in the tokenizer's own; None where it has none.
+
+    Raises ConfigError or CheckpointError, also for one that was made for another tokenizer.
+    """
+    folder = checkpoint.folder / FOLDER if named is None else Path(named).expanduser()
+    if named is None and not folder.is_dir():
+        return None
+    found = open_generator(folder)
+    made_for, ours = found.config.tokenizer, checkpoint.fingerprint
+    if made_for and made_for != ours:
+        raise CheckpointError(
+            f"{folder}: this generator was made for another tokenizer ({made_for}, this one is {ours}): "
+            "name the model it was trained with (--model)"
+        )
+    if problem := found.config.misfit(checkpoint.config):
+        raise CheckpointError(f"{folder}: this generator does not fit the model: {problem}")
+    return found
+
+
+def load_drawer(
+    checkpoint: Checkpoint, found: GeneratorCheckpoint | None, network: Network, backend: str
+) -> TokenDrawer:
+    """The generator's weights onto the device of `network`. Raises GenerationError if there is none."""
+    if found is None:
+        raise GenerationError(
+            f"{checkpoint.folder}: this model has no generator (no folder {FOLDER}/ in it): name one "
+            "with --generator, or train one"
+        )
+    config = found.config
+    drawn_by = get_backend(backend).generator(
+        config, found.tensors(), device=network.device, dtype=network.dtype
+    )
+    return TokenDrawer(config, drawn_by, _conditioner(checkpoint, found, network))
+
+
+def _conditioner(
+    checkpoint: Checkpoint, found: GeneratorCheckpoint, network: Network
+) -> Conditioner:
+    config = found.config
+    if config.conditioner == "t5":
+        return t5(config)
+    if config.conditioner == "none":
+        raise GenerationError(
+            f"{found.folder}: this generator has no conditioner, so takes no prompts"
+        )
+    text = checkpoint.config.text_config
+    return TextTower(checkpoint.tokenizer, network.text_states, text, config.prefix_length)

@@ -1,0 +1,77 @@
+"""What a backend's generator is given and gives: captions, an order to draw, the interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from qlip_core.generator.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Features of B captions, the last of the T positions always a caption's last token.
+
+    `features` float32 [B, T, F]; `valid` bool [B, T], False where a shorter caption leaves padding on
+    the left; `null` bool [B], True where the learned null prefix stands for the caption.
+    """
+
+    features: np.ndarray
+    valid: np.ndarray
+    null: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, rows: slice | np.ndarray | list[int]) -> Captions:
+        return Captions(self.features[rows], self.valid[rows], self.null[rows])
+
+    def seen(self) -> np.ndarray:
+        """Prefix positions that may be looked at, bool [B, T]: all of the null prefix."""
+        return self.valid | self.null[:, None]
+
+    def with_null(self) -> Captions:
+        """These captions and, after them, as many null prefixes: what guidance runs on."""
+        twice = [np.concatenate([x, x]) for x in (self.features, self.valid)]
+        return Captions(*twice, np.concatenate([self.null, np.ones_like(self.null)]))
+
+    def astype(self, dtype: np.dtype) -> Captions:
+        return replace(self, features=self.features.astype(dtype))
+
+
+@dataclass(frozen=True)
+class Draw:
+    """An order for B pictures: all that a backend needs, so that its loop asks nobody.
+
+    `keys` uint32 [M, B, 2] and `scales` float32 [M] are `sampling.step_keys` and `guidance_scales`. The
+    sub-tokens come back `every` steps, which is as often as the device is waited for.
+    """
+
+    captions: Captions
+    sampling: Sampling
+    keys: np.ndarray
+    scales: np.ndarray
+    every: int
+
+    @property
+    def steps(self) -> int:
+        """M, or fewer for the beginning of a picture."""
+        return len(self.keys)
+
+    @property
+    def guided(self) -> bool:
+        return bool((self.scales != 1).any())
+
+
+class GeneratorNetwork(Protocol):
+    """A generator on a device."""
+
+    device: str
+    dtype: str
+
+    def draw(self, order: Draw) -> Iterator[np.ndarray]:
+        """Sub-tokens in raster order, int64 [B, `every`] each time (the last may be shorter)."""
+        ...

@@ -1,0 +1,178 @@
+"""The rule of sampling: one seed, one picture, on every backend and in any batch (DESIGN section 4).
+
+A step takes `argmax(filtered logits / temperature + Gumbel noise)`, the lowest value where two are
+equal. The noise of a value follows from (seed, image, step, value) by an integer hash alone, so each
+backend computes it where its logits are. In this order: guidance, temperature, top-k, top-p, noise.
+
+What depends on no logits (`step_keys`, `guidance_scales`) is computed here, once a picture, and handed to
+the backends; what does (`hash_values`, `gumbel`, `keep`) is written down here in numpy, and each
+backend has the same lines in its own arrays.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qlip_core.errors import GenerationError
+
+# Odd multipliers with good avalanche: the 32-bit finaliser "lowbias32" and the golden ratio.
+MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+GOLDEN = 0x9E3779B9
+
+SCHEDULES = ("constant", "linear")
+MAX_SCALE, MAX_TEMPERATURE = 100.0, 100.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How sub-tokens are chosen.
+
+    `temperature` 0 takes the likeliest value. `top_k` keeps the k largest logits (0: all; equals of
+    the k-th stay), `top_p` the likeliest values until their sum reaches p. `cfg_scale` s is
+    classifier-free guidance, `l_null + s (l_text - l_null)`: 1 is none. `cfg_schedule` "linear" rises from
+    1 at the first step to s at the last; `cfg_interval` are shares of the steps between which there is
+    guidance at all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    cfg_scale: float = 1.0
+    cfg_schedule: str = "constant"
+    cfg_interval: tuple[float, float] = (0.0, 1.0)
+
+    def check(self, vocab_size: int) -> None:
+        """Raises GenerationError for a setting out of range."""
+        _in_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        _in_range("cfg_scale", self.cfg_scale, 0, MAX_SCALE)
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise GenerationError(f"top_p (={self.top_p}) must be above 0 and at most 1 (1: all)")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int | np.integer):
+            raise GenerationError(f"top_k (={self.top_k!r}) must be an integer")
+        if not 0 <= self.top_k <= vocab_size:
+            raise GenerationError(
+                f"top_k (={self.top_k}) must be 0 (all) to {vocab_size}, the values of a sub-token"
+            )
+        if self.cfg_schedule not in SCHEDULES:
+            raise GenerationError(
+                f'cfg_schedule is "{self.cfg_schedule}", expected one of {", ".join(SCHEDULES)}'
+            )
+        start, end = self.cfg_interval
+        if not 0 <= start <= end <= 1:
+            raise GenerationError(
+                f"cfg_interval (={start:g} to {end:g}) must lie within 0 to 1, the start first"
+            )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not _is_number(value) or not low <= value <= high:  # NaN is in no range
+        raise GenerationError(f"{name} (={value}) must be a number from {low:g} to {high:g}")
+
+
+def check_seed(seed: object) -> int:
+    """A seed as an int of 0 to 2^64 - 1. Raises GenerationError."""
+    try:
+        if isinstance(seed, bool | np.bool_):
+            raise TypeError
+        number = operator.index(seed)  # type: ignore[arg-type]
+    except TypeError:
+        raise GenerationError(f"seed (={seed!r}) must be an integer") from None
+    if not 0 <= number < 1 << 64:
+        raise GenerationError(f"seed (={number}) must be 0 to 2^64 - 1")
+    return number
+
+
+# -- guidance ----------------------------------------------------------------------------------
+
+
+def guidance_scales(sampling: Sampling, steps: int) -> np.ndarray:
+    """Scale s of each step: float32 [steps]; 1 outside the interval."""
+    share = np.arange(steps) / max(steps - 1, 1)
+    scale = np.full(steps, sampling.cfg_scale)
+    if sampling.cfg_schedule == "linear":
+        scale = 1 + (sampling.cfg_scale - 1) * share
+    start, end = sampling.cfg_interval
+    return np.where((share >= start) & (share <= end), scale, 1).astype(np.float32)
+
+
+# -- noise -------------------------------------------------------------------------------------
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """A bijection of uint32 in which every input bit turns every output bit half the time."""
+    first, second = (np.uint32(m) for m in MULTIPLIERS)
+    x = x ^ (x >> np.uint32(16))
+    x = x * first
+    x = x ^ (x >> np.uint32(15))
+    x = x * second
+    return x ^ (x >> np.uint32(16))
+
+
+def step_keys(seed: int, images: Sequence[int], steps: int) -> np.ndarray:
+    """What a step's noise starts from: uint32 [steps, B, 2], by seed, number of the image, step."""
+    numbers = np.asarray(images, np.uint32)[None, :, None]
+    step = np.arange(steps, dtype=np.uint32)[:, None, None]
+    # Two keys for each step: the noise of two steps is not one sequence at another offset.
+    key = np.array([0x243F6A88, 0x85A308D3], np.uint32)[None, None]
+    for word in (np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), numbers, step):
+        key = mix((key ^ word) + np.uint32(GOLDEN))
+    return key
+
+
+def hash_values(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Keys uint32 [B, 2] and token values uint32 [V] -> hash uint32 [B, V]."""
+    x = mix(values * np.uint32(GOLDEN) + keys[:, :1])
+    return mix(x ^ keys[:, 1:])
+
+
+def gumbel(hashed: np.ndarray) -> np.ndarray:
+    """uint32 -> float32 noise, -log(-log(1 - u)), u in (0, 1) from the upper 31 bits.
+
+    u is the same float32 everywhere: an int32 rounded to nearest, times a power of two, plus one. 1 - u
+    stands inside log1p, where small u, which are what makes large noise, keep all their bits.
+    """
+    u = (hashed >> np.uint32(1)).astype(np.int32).astype(np.float32)
+    u = np.minimum(u * np.float32(2**-31) + np.float32(2**-32), np.float32(1 - 2**-24))
+    return -np.log(-np.log1p(-u))
+
+
+# -- a step ------------------------------------------------------------------------------------
+
+
+def keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Logits float32 [B, V], already over the temperature, with -inf for what the filters drop.
+
+    Both filters drop what lies below a threshold, so equal logits stay or go together: top-k's is the
+    k-th largest; top-p's the smallest of those k whose larger ones have a sum of probabilities below p.
+    """
+    V = logits.shape[-1]
+    k = min(top_k, V) if top_k else V
+    if k == V and top_p >= 1:
+        return logits
+    largest = np.sort(logits, axis=-1)[:, ::-1][:, :k]
+    threshold = largest[:, -1:]
+    if top_p < 1:
+        odds = np.exp(largest - largest[:, :1])
+        shares = odds / odds.sum(-1, keepdims=True)
+        before = np.cumsum(shares, axis=-1) - shares
+        count = np.maximum((before < top_p).sum(-1, keepdims=True), 1)
+        threshold = np.take_along_axis(largest, count - 1, axis=-1)
+    return np.where(logits >= threshold, logits, np.float32(-math.inf))
+
+
+def choose(logits: np.ndarray, keys: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Guided logits float32 [B, V] and a step's keys uint32 [B, 2] -> values int64 [B]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    kept = keep(logits / np.float32(sampling.temperature), sampling.top_k, sampling.top_p)
+    values = np.arange(logits.shape[-1], dtype=np.uint32)
+    return (kept + gumbel(hash_values(keys, values))).argmax(-1)

@@ -1,0 +1,69 @@
+"""What the command line asks of a backend that can train, and how it is found: by entry point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Protocol
+
+from qlip_core.backends import backend_names, get_backend
+from qlip_core.errors import BackendError
+
+GROUP = "qlip.trainers"
+
+
+class Trainer(Protocol):
+    """Training by recipe: names of shipped ones or paths, changed by "key=value"."""
+
+    def recipes(self) -> list[str]:
+        """Names of the shipped recipes."""
+        ...
+
+    def train(
+        self,
+        recipe: str | None,
+        changes: Sequence[str],
+        *,
+        stage: str,
+        out: Path,
+        resume: bool,
+        steps: int | None,
+        dry_run: bool,
+    ) -> dict[str, Any]:
+        """Run stages "1", "2" or "all" in the folder `out`; what came out, for JSON."""
+        ...
+
+    def balance(
+        self,
+        recipe: str,
+        changes: Sequence[str],
+        *,
+        out: Path,
+        resume: bool,
+        steps: int | None,
+    ) -> dict[str, Any]:
+        """Find a_r / a_a by training with each objective alone (SPEC section 3)."""
+        ...
+
+    def export(self, run: Path, out: Path, *, dtype: str) -> Path:
+        """Write the newest checkpoint of a run in the published layout."""
+        ...
+
+
+def get_trainer(backend: str = "torch") -> Trainer:
+    """The trainer of a backend. Raises BackendError where a backend has none, or is not installed."""
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if backend not in found:
+        if backend not in backend_names():
+            get_backend(backend)  # says which there are
+        raise BackendError(
+            f"backend {backend} is for inference: train with --backend {' or '.join(sorted(found))}"
+        )
+    get_backend(backend)  # says what to install
+    try:
+        return found[backend].load()
+    except ModuleNotFoundError as error:
+        raise BackendError(
+            f"training needs {error.name}: run `pip install 'qlip[train]'`"
+        ) from error
