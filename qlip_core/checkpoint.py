@@ -84,9 +84,17 @@ class Checkpoint:
         Covers the visual towers and the bottleneck (what tokens depend on), sampling each large
         tensor at 16 places, so that it costs milliseconds at any size. Any training changes it.
         """
+        return self._digest([part for part in PARTS if part != "text"])
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """The same for the text tower: what a generator that takes its captions from it depends on."""
+        return self._digest(["text"])
+
+    def _digest(self, parts: list[str]) -> str:
         digest = hashlib.sha256()
         for name, spec in sorted(architecture(self.config).items()):
-            if spec.part == "text":
+            if spec.part not in parts:
                 continue
             digest.update(f"{name}{list(spec.shape)}".encode())
             file = self._where[name]

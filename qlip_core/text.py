@@ -67,10 +67,16 @@ class Tokenizer:
             found = bpe.token_to_id(name) if name else None
             return fallback if found is None else found
 
+        end = special("eos_token", config.eos_token_id)
+        if config.eos_token_id not in (end, 2):  # 2: the old CLIP rule, which needs no id
+            raise TextError(
+                f"{folder}: the tokenizer ends texts with id {end}, the text tower looks for "
+                f"{config.eos_token_id}: the tokenizer files are of another model"
+            )
         return cls(
             bpe,
             start=special("bos_token", config.bos_token_id),
-            end=special("eos_token", config.eos_token_id),
+            end=end,
             pad=special("pad_token", config.pad_token_id),
             length=config.max_position_embeddings,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,8 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
     """A checkpoint folder of the tiny preset with random weights and a tokenizer."""
     config = qlip.PRESETS["tiny"]
+    text = replace(config.text_config, vocab_size=520, bos_token_id=518, eos_token_id=519)
+    config = replace(config, text_config=text)
     card = "---\nlicense: cc-by-4.0\nnote: random weights, for tests\n---\n# tiny\n"
     return qlip.save_checkpoint(
         tmp_path_factory.mktemp("models") / "tiny",

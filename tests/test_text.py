@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from qlip_core.config import TextConfig
 from qlip_core.errors import TextError
 from qlip_core.text import Tokenizer, check_ids, read_merges
 
-CONFIG = TextConfig(vocab_size=520, max_position_embeddings=12)
+CONFIG = TextConfig(vocab_size=520, max_position_embeddings=12, bos_token_id=518, eos_token_id=519)
 START, END = 518, 519
 CAT, DOG = 512 + MERGES.index(("ca", "t</w>")), 512 + MERGES.index(("do", "g</w>"))
 AN = 512 + MERGES.index(("a", "n"))
@@ -91,6 +92,13 @@ def test_pad_token_falls_back_to_the_config(tokenizer_folder: Path, tmp_path: Pa
     found = Tokenizer.from_folder(tmp_path, config)
     assert found is not None
     assert found(["cat"])[0].tolist() == [START, CAT, END, 7, 7]
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer_folder: Path) -> None:
+    other = replace(CONFIG, eos_token_id=7)
+    with pytest.raises(TextError, match="ends texts with id 519, the text tower looks for 7"):
+        Tokenizer.from_folder(tokenizer_folder, other)
+    assert Tokenizer.from_folder(tokenizer_folder, replace(CONFIG, eos_token_id=2)) is not None
 
 
 def test_absent_and_damaged_files(tokenizer_folder: Path, tmp_path: Path) -> None:

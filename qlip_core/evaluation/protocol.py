@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,13 @@ class ReferenceHash:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
 
-    def add(self, images: np.ndarray, texts: Iterable[str] = ()) -> None:
-        """uint8 [B, S, S, 3], and a caption or label each."""
-        self._digest.update(np.ascontiguousarray(images).data)
-        for text in texts:
-            # The length keeps "ab", "c" apart from "a", "bc".
-            self._digest.update(f"{len(text.encode())}:{text}".encode())
+    def add(self, images: np.ndarray, texts: Sequence[str] = ()) -> None:
+        """uint8 [B, S, S, 3], and a caption or label each. How they are batched does not matter."""
+        for i, image in enumerate(images):
+            self._digest.update(np.ascontiguousarray(image).data)
+            if texts:
+                # The length keeps what is said apart from what follows.
+                self._digest.update(f"{len(texts[i].encode())}:{texts[i]}".encode())
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

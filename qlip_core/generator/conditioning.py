@@ -108,6 +108,7 @@ def encode_prompts(
                 f"{list(shape[1:])}: it was trained with another one"
             )
         row = {prompt: i for i, prompt in enumerate(told)}
-        for i in np.flatnonzero(~null):
-            features[i], valid[i] = values[row[prompts[i]]], places[row[prompts[i]]]
+        for i, prompt in enumerate(prompts):
+            if prompt in row:
+                features[i], valid[i] = values[row[prompt]], places[row[prompt]]
     return Captions(features, valid, null)

@@ -61,6 +61,7 @@ class GeneratorConfig:
     dropout: float = 0.1
     null_probability: float = 0.1
     tokenizer: str = ""  # fingerprint of the tokenizer it was trained for; empty: any that fits
+    text_tower: str = ""  # fingerprint of the text tower whose captions it knows; empty: any
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
@@ -174,10 +175,12 @@ class GeneratorConfig:
 
     # -- fitting a tokenizer -------------------------------------------------------------------
 
-    def fitted(self, tokenizer: QLIPConfig, fingerprint: str = "") -> GeneratorConfig:
+    def fitted(
+        self, tokenizer: QLIPConfig, fingerprint: str = "", text_fingerprint: str = ""
+    ) -> GeneratorConfig:
         """This generator for pictures of `tokenizer`: its grid, its L bits as sub-tokens of
         `group_size` bits, and, with "qlip-text", its text tower's width, with a prefix no longer than
-        its texts. Raises ConfigError where `group_size` does not divide L."""
+        its texts. The fingerprints are `Checkpoint.fingerprint` and `text_fingerprint`. Raises ConfigError where `group_size` does not divide L."""
         bits = tokenizer.code_dim
         if not tokenizer.quantizes or bits % self.group_size:
             have = f"{bits} bits" if tokenizer.quantizes else "no bits"
@@ -194,6 +197,7 @@ class GeneratorConfig:
             if ours
             else self.prefix_length,
             tokenizer=fingerprint,
+            text_tower=text_fingerprint if ours else "",
         )
 
     def misfit(self, tokenizer: QLIPConfig) -> str:
@@ -234,9 +238,10 @@ class GeneratorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: every key."""
-        values = dataclasses.asdict(self) | {"grid": list(self.grid)}
-        values["sampling"]["cfg_interval"] = list(self.sampling.cfg_interval)
-        return {"model_type": MODEL_TYPE, **values}
+        sampling = dataclasses.asdict(self.sampling)
+        sampling["cfg_interval"] = list(self.sampling.cfg_interval)
+        changed = {"grid": list(self.grid), "sampling": sampling}
+        return {"model_type": MODEL_TYPE} | dataclasses.asdict(self) | changed
 
     @classmethod
     def from_file(cls, path: str | Path) -> GeneratorConfig:

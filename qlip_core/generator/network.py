@@ -35,8 +35,11 @@ class Captions:
 
     def with_null(self) -> Captions:
         """These captions and, after them, as many null prefixes: what guidance runs on."""
-        twice = [np.concatenate([x, x]) for x in (self.features, self.valid)]
-        return Captions(*twice, np.concatenate([self.null, np.ones_like(self.null)]))
+        return Captions(
+            np.concatenate([self.features, self.features]),
+            np.concatenate([self.valid, self.valid]),
+            np.concatenate([self.null, np.ones_like(self.null)]),
+        )
 
     def astype(self, dtype: np.dtype) -> Captions:
         return replace(self, features=self.features.astype(dtype))
