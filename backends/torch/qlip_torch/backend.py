@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,8 +10,13 @@ import torch
 
 from qlip_core.backends import Network, Weights
 from qlip_core.config import QLIPConfig
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import GeneratorNetwork
 from qlip_core.reference import pooled_position
+from qlip_torch import generator
 from qlip_torch.model import QLIP, load
+from qlip_torch.sampler import TorchGenerator
+from qlip_torch.t5 import T5Encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,6 +46,21 @@ class TorchBackend:
 
     def network(self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str) -> Network:
         return TorchNetwork(config, weights, device=device, dtype=dtype, compile=self.compile)
+
+    def generator(
+        self,
+        config: GeneratorConfig,
+        weights: Mapping[str, np.ndarray],
+        *,
+        device: str,
+        dtype: str,
+    ) -> GeneratorNetwork:
+        model = generator.load(config, weights, device=device, dtype=DTYPES[dtype])
+        return TorchGenerator(model, device=device, dtype=dtype)
+
+    def t5(self, name: str, length: int, device: str) -> T5Encoder:
+        """FLAN-T5's encoder for captions of at most `length` tokens (qlip_core.generator.conditioning)."""
+        return T5Encoder(name, length, self.devices()[0] if device == "auto" else device)
 
 
 class TorchNetwork:
@@ -104,6 +125,10 @@ class TorchNetwork:
         last = pooled_position(ids, self.config.text_config.eos_token_id).max(initial=0)
         needed = torch.tensor(ids[:, : last + 1], dtype=torch.int64, device=self.device)
         return _to_numpy(self._part("text").embed_text(needed))
+
+    @torch.inference_mode()
+    def text_states(self, ids: np.ndarray) -> np.ndarray:
+        return _to_numpy(self._part("text").text_states(torch.tensor(ids, device=self.device)))
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         if not values.flags.writeable:  # which torch.from_numpy warns of

@@ -1,0 +1,359 @@
+"""The generator as PyTorch modules, for training and for drawing: blocks small to large, the model, loading.
+
+SPEC sections 4 and 5. Parameter names and shapes are those of `qlip_core.generator.architecture`, so a
+state dict is a checkpoint. Legend: B sequences, T prefix, M sub-tokens, Q new positions, S positions so
+far, D width, H heads, K key-value heads, d = D/H, V values of a sub-token, n sub-tokens a patch.
+
+Positions come from outside as rotary tables (`Generator.rope`), and so do caches: the same blocks run
+whole sequences in training and one position at a time in `qlip_torch.sampler`. Nothing here knows about
+devices, precision or other processes; `blocks` are the units to compile, checkpoint or shard.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlip_core.errors import CheckpointError
+from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
+from qlip_core.generator.config import GeneratorConfig
+
+Rope = tuple[Tensor, Tensor]
+
+
+class LayerCache(Protocol):
+    """Takes the keys and values of new positions and gives those of all so far, [B, K, S, d]."""
+
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+# -- blocks ------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, with float32 statistics."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head: [B, Q, heads, d] -> same.
+
+    The tables are [Q, 1, d], with the first half of the sines negative (`Generator.rope`).
+    """
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention, [B, Q, D] -> [B, Q, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.groups = config.num_attention_heads, config.num_key_value_heads
+        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        self.q_proj = nn.Linear(width, queries, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, keys, bias=False)
+        self.o_proj = nn.Linear(queries, width, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.fused: Tensor | None = None
+
+    def fuse(self) -> None:
+        """Query, key and value projections as one matrix, for inference."""
+        self.fused = packed(self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        del self.q_proj, self.k_proj, self.v_proj
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        """`mask` bool, broadcast to [B, H, Q, S]: what may be looked at; None: all before, causally."""
+        q, k, v = self.project(x)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        # One rotation of both costs half the calls of two, which is what small models pay for.
+        turned = rotate(torch.cat((q, k), dim=2), rope)
+        q, k = turned.transpose(1, 2).split((self.heads, self.groups), dim=1)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.put(k, v)
+        if self.heads != self.groups:
+            k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
+        causal = mask is None and q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, Q, D] -> queries [B, Q, H, d], keys and values [B, Q, K, d]."""
+        if self.fused is None:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+            shape = (-1, self.head_dim)
+            return q.unflatten(-1, shape), k.unflatten(-1, shape), v.unflatten(-1, shape)
+        heads = F.linear(x, self.fused).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads.split((self.heads, self.groups, self.groups), dim=2)
+        return q, k, v
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x)."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, hidden, bias=False)
+        self.up_proj = nn.Linear(width, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, width, bias=False)
+        self.fused: Tensor | None = None
+
+    def fuse(self) -> None:
+        """Both input projections as one matrix, for inference."""
+        self.fused = packed(self.gate_proj.weight, self.up_proj.weight)
+        del self.gate_proj, self.up_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.fused is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = F.linear(x, self.fused).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x += attn(norm(x)); x += mlp(norm(x)): [B, Q, D] -> [B, Q, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + F.dropout(y, self.dropout, self.training)
+        y = self.mlp(self.post_attention_layernorm(x))
+        return x + F.dropout(y, self.dropout, self.training)
+
+
+class Transformer(nn.Module):
+    """Table of embeddings, blocks and last norm: Llama's `model`."""
+
+    def __init__(self, config: GeneratorConfig, rows: int) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(rows, config.hidden_size)
+        self.layers = nn.ModuleList([Block(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Rope,
+        mask: Tensor | None = None,
+        caches: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """Embeddings [B, Q, D] -> last hidden states, normed."""
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, None if caches is None else caches[i])
+        return self.norm(x)
+
+
+class CaptionProjector(nn.Module):
+    """fc2(gelu(fc1(x))), tanh-GELU, no biases: [B, T, F] -> [B, T, D]."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.condition_size, config.hidden_size, bias=False)
+        self.fc2 = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def packed(*weights: Tensor) -> Tensor:
+    """Linears of one input as one, [out, in]; on the CPU in float32 the outputs lie beside each other.
+
+    There the product of such a matrix with one vector reads 1.5 to 2 times as many bytes a second.
+    """
+    whole = torch.cat(weights)
+    if whole.device.type == "cpu" and whole.dtype == torch.float32:
+        whole = whole.t().contiguous().t()
+    return whole
+
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+class Generator(nn.Module):
+    """The language model over visual tokens."""
+
+    def __init__(self, config: GeneratorConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        rows = config.text_vocab_size + config.visual_rows
+        if config.conditioner != "none":
+            self.caption_projector = CaptionProjector(config)
+            self.null_prefix = nn.Parameter(torch.empty(config.prefix_length, width))
+        self.model = Transformer(config, rows)
+        self.sub_token_embedding: nn.Embedding | None = None
+        if config.sub_tokens > 1 and not config.separate_sub_tokens:
+            self.sub_token_embedding = nn.Embedding(config.sub_tokens, width)
+        self.lm_head = nn.Linear(width, rows, bias=False)
+        self.heads: list[Tensor] = []  # of each sub-token number, once fused
+
+    def forward(self, features: Tensor, valid: Tensor, null: Tensor, tokens: Tensor) -> Tensor:
+        """Logits of every sub-token given the caption and the sub-tokens before it, for training.
+
+        `features` [B, T, F], `valid` bool [B, T] (False: padding, on the left), `null` bool [B] (True:
+        the null prefix instead), `tokens` int64 [B, M] in raster order -> [B, M, V].
+        """
+        prefix = self.embed_prefix(features, null)
+        x = torch.cat((prefix, self.embed_sub_tokens(tokens[:, :-1])), dim=1)
+        x = F.dropout(x, self.config.dropout, self.training)
+        seen = valid | null[:, None]
+        mask = causal_mask(x.shape[1], seen)
+        states = self.model(x, self.rope(x.device), mask)
+        return self.image_logits(states[:, self.config.prefix_length - 1 :])
+
+    def embed_prefix(self, features: Tensor, null: Tensor) -> Tensor:
+        """Caption features [B, T, F] -> prefix [B, T, D]; the null prefix where `null` [B]."""
+        prefix = self.caption_projector(features)
+        return torch.where(null[:, None, None], self.null_prefix.to(prefix.dtype), prefix)
+
+    def embed_sub_tokens(self, values: Tensor, start: int = 0) -> Tensor:
+        """Sub-tokens number `start`, `start` + 1, ... of pictures: int64 [B, Q] -> [B, Q, D]."""
+        n = self.config.sub_tokens
+        numbers = torch.arange(start, start + values.shape[1], device=values.device) % n
+        stride = self.config.first_row(1) - self.config.first_row(0)
+        x = self.model.embed_tokens(values + numbers * stride + self.config.first_row(0))
+        if self.sub_token_embedding is not None:
+            x = x + self.sub_token_embedding(numbers)
+        return x
+
+    def image_logits(self, states: Tensor) -> Tensor:
+        """States [B, M, D] that predict sub-tokens 0 to M-1 -> [B, M, V]."""
+        config = self.config
+        if not config.separate_sub_tokens:
+            return self.visual_logits(states, 0)
+        by_number = states.unflatten(1, (-1, config.sub_tokens))  # [B, N, n, D]
+        logits = [self.visual_logits(by_number[:, :, j], j) for j in range(config.sub_tokens)]
+        return torch.stack(logits, dim=2).flatten(1, 2)
+
+    def visual_logits(self, states: Tensor, number: int) -> Tensor:
+        """States that predict sub-token `number` of a patch: [..., D] -> [..., V]."""
+        if self.heads:
+            return F.linear(states, self.heads[number])
+        first = self.config.first_row(number)
+        return F.linear(states, self.lm_head.weight[first : first + self.config.visual_vocab_size])
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
+        return F.linear(states, self.lm_head.weight[: self.config.text_vocab_size])
+
+    def rope(self, device: torch.device | str, at: np.ndarray | None = None) -> Rope:
+        """Rotary tables of positions [S, axes] (None: of a whole picture), float32 [S, 1, d] each, for
+        `rotate`."""
+        where = positions(self.config) if at is None else at
+        cos, sin = rotary_tables(self.config, where)
+        cos, sin = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
+        return tuple(torch.from_numpy(t.astype(np.float32)[:, None]).to(device) for t in (cos, sin))  # type: ignore[return-value]
+
+    def blocks(self) -> list[Block]:
+        """The transformer blocks: the units to compile, checkpoint or shard."""
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    @torch.no_grad()
+    def fuse(self) -> Generator:
+        """Lay the weights out for drawing, where each is read once a sub-token. Not for training: the
+        separate projections are gone, and with a pure image model the output table's own form."""
+        for block in self.blocks():
+            block.self_attn.fuse()
+            block.mlp.fuse()
+        config, table = self.config, self.lm_head.weight
+        if config.separate_sub_tokens:
+            firsts = [config.first_row(j) for j in range(config.sub_tokens)]
+            self.heads = [packed(table[i : i + config.visual_vocab_size]) for i in firsts]
+        else:
+            first = config.first_row(0)
+            self.heads = [packed(table[first:])] * config.sub_tokens
+        if not config.text_vocab_size:
+            del self.lm_head
+        return self
+
+    @torch.no_grad()
+    def init_from(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Copy name -> array into the parameters. Raises CheckpointError if they do not fit."""
+        _check(self.config, arrays)
+        for name, parameter in self.named_parameters():
+            parameter.copy_(_shared(arrays[name]))
+
+
+def causal_mask(length: int, seen: Tensor | None) -> Tensor | None:
+    """What each of `length` positions may look at, bool [B, 1, S, S]; None: all before, causally.
+
+    `seen` bool [B, T]: prefix positions that are no padding. Padding sees itself, so that no row is
+    empty.
+    """
+    if seen is None:
+        return None
+    before = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
+    keys = F.pad(seen, (0, length - seen.shape[1]), value=True)
+    itself = torch.eye(length, dtype=torch.bool, device=seen.device)
+    return before & (keys[:, None, None] | itself)
+
+
+# -- loading -----------------------------------------------------------------------------------
+
+
+def load(
+    config: GeneratorConfig,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Generator:
+    """A generator for drawing, fused. To train, build a Generator and use `init_from`.
+
+    Raises CheckpointError if a tensor is missing, misshapen or unknown.
+    """
+    _check(config, arrays)
+    with torch.device("meta"):
+        model = Generator(config)
+    tensors = {
+        name: _shared(arrays[name]).to(device, dtype) for name, _ in model.named_parameters()
+    }
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(False).eval().fuse()
+
+
+def _check(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> None:
+    if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
+        raise CheckpointError(f"weights do not fit the generator: {problems}")
+
+
+def _shared(array: np.ndarray) -> Tensor:
+    """A tensor on the array's own memory."""
+    with warnings.catch_warnings():
+        # Checkpoints are mapped read-only, and torch cannot know that nothing writes to the tensor.
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return torch.from_numpy(array)

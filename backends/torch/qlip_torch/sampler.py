@@ -1,0 +1,309 @@
+"""Drawing with a generator in PyTorch: the cache, the noise, the filters, the loop over sub-tokens.
+
+The rule is qlip_core.generator.sampling's, in tensors. On CUDA a step is recorded once and replayed, and
+nothing in it depends on the host; elsewhere the loop runs step by step. Either way the device is
+waited for only where sub-tokens are handed out, every `Draw.every` steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.network import Draw
+from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling
+from qlip_torch.generator import Generator, LayerCache, causal_mask
+
+# -- noise -------------------------------------------------------------------------------------
+
+
+def _signed(word: int) -> int:
+    """The int32 with the bits of a uint32: torch has no arithmetic on unsigned integers."""
+    return word - (1 << 32) if word >> 31 else word
+
+
+def _shifted(x: Tensor, count: int) -> Tensor:
+    return (x >> count) & ((1 << (32 - count)) - 1)
+
+
+def mix(x: Tensor) -> Tensor:
+    """`sampling.mix` on the bits of int32."""
+    first, second = (_signed(m) for m in MULTIPLIERS)
+    x = (x ^ _shifted(x, 16)) * first
+    x = (x ^ _shifted(x, 15)) * second
+    return x ^ _shifted(x, 16)
+
+
+def hash_values(keys: Tensor, count: int) -> Tensor:
+    """Keys int32 [..., 2] -> hash of the values 0 to `count` - 1, int32 [..., count]."""
+    values = torch.arange(count, dtype=torch.int32, device=keys.device)
+    x = mix(values * _signed(GOLDEN) + keys[..., :1])
+    return mix(x ^ keys[..., 1:])
+
+
+def gumbel(hashed: Tensor) -> Tensor:
+    """`sampling.gumbel`: int32 -> float32 of the same shape."""
+    u = _shifted(hashed, 1).float() * 2**-31 + 2**-32
+    return -torch.log(-torch.log1p(-u.clamp_max(1 - 2**-24)))
+
+
+# -- a step's choice ---------------------------------------------------------------------------
+
+
+def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """`sampling.keep`: logits float32 [B, V] with -inf for what the filters drop."""
+    V = logits.shape[-1]
+    k = min(top_k, V) if top_k else V
+    if k == V and top_p >= 1:
+        return logits
+    largest = logits.topk(k).values
+    threshold = largest[:, -1:]
+    if top_p < 1:
+        shares = largest.softmax(-1)
+        count = (shares.cumsum(-1) - shares < top_p).sum(-1, keepdim=True).clamp_min(1)
+        threshold = largest.gather(-1, count - 1)
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def choose(logits: Tensor, noise: Tensor | None, sampling: Sampling) -> Tensor:
+    """Guided logits float32 [B, V] and noise [B, V] (None: temperature 0) -> values int64 [B]."""
+    if noise is None:
+        return logits.argmax(-1)
+    return (keep(logits / sampling.temperature, sampling.top_k, sampling.top_p) + noise).argmax(-1)
+
+
+def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
+    """l_null + s (l_text - l_null): [2B, V] -> [B, V]."""
+    text, null = logits.chunk(2)
+    return null + scale * (text - null)
+
+
+# -- the cache ---------------------------------------------------------------------------------
+
+
+class Cache:
+    """Keys and values of all positions, [layers, 2, B, K, S, d], allocated once.
+
+    `at` says where the next positions go: a slice, or, where a recorded step must not depend on the
+    host, an index tensor, and then all S positions come back, to be masked.
+    """
+
+    def __init__(self, model: Generator, batch: int, device: str, dtype: torch.dtype) -> None:
+        config = model.config
+        layers, heads = config.num_hidden_layers, config.num_key_value_heads
+        shape = (layers, 2, batch, heads, config.sequence_length, config.head_dim)
+        # Zeros: what is masked is multiplied by 0, and must not be NaN.
+        self.store = torch.zeros(shape, device=device, dtype=dtype)
+        self.at: slice | Tensor = slice(0, 0)
+        self.layers: list[LayerCache] = [_Layer(self, *pair) for pair in self.store]
+
+
+@dataclass
+class _Layer:
+    cache: Cache
+    keys: Tensor
+    values: Tensor
+
+    def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.cache.at
+        if isinstance(at, Tensor):
+            self.keys.index_copy_(2, at, keys)
+            self.values.index_copy_(2, at, values)
+            return self.keys, self.values
+        self.keys[:, :, at] = keys
+        self.values[:, :, at] = values
+        return self.keys[:, :, : at.stop], self.values[:, :, : at.stop]
+
+
+# -- the network -------------------------------------------------------------------------------
+
+
+@dataclass
+class _State:
+    """A picture in the making: what the loop reads and writes, all on the device."""
+
+    cache: Cache
+    states: Tensor  # that predict the first sub-token, [B', D]; B' is 2B with guidance
+    seen: Tensor | None  # bool [B', 1, 1, S], None where no caption is padded
+    drawn: Tensor  # int64 [B, M]
+    keys: Tensor  # int32 [M, B, 2]
+    scales: Tensor  # float32 [M]
+
+
+class TorchGenerator:
+    """A generator on a device, behind the interface of qlip_core.generator.network."""
+
+    def __init__(self, model: Generator, *, device: str, dtype: str) -> None:
+        self.model = model
+        self.config: GeneratorConfig = model.config
+        self.device = device
+        self.dtype = dtype
+        self.records = device.startswith("cuda")
+        self._type = model.model.norm.weight.dtype
+        self._rope = model.rope(device)
+        self._recording: Recording | None = None
+
+    @torch.inference_mode()
+    def draw(self, order: Draw) -> Iterator[np.ndarray]:
+        """Sub-tokens in raster order, int64 [B, `order.every`] each time."""
+        state = self._start(order)
+        self._choose(order, state, state.states, 0, self._noise(order, state.keys[:1]))
+        recording = self._replayed(order, state) if self.records else None
+        run = self._steps(order, state) if recording is None else recording.run
+        for start in range(0, order.steps, order.every):
+            stop = min(start + order.every, order.steps)
+            run(max(start, 1), stop)
+            yield state.drawn[:, start:stop].cpu().numpy()
+        self._recording = recording
+
+    def _start(self, order: Draw) -> _State:
+        """The prefix through the model: fills the cache's first T positions."""
+        captions = order.captions.with_null() if order.guided else order.captions
+        features = torch.from_numpy(captions.features).to(self.device, self._type)
+        null, seen = (torch.from_numpy(x).to(self.device) for x in (captions.null, captions.seen()))
+        B, T = seen.shape
+        cache = Cache(self.model, B, self.device, self._type)
+        cache.at = slice(0, T)
+        padded = not captions.seen().all()
+        rope = self._rope[0][:T], self._rope[1][:T]
+        prefix = self.model.embed_prefix(features, null)
+        mask = causal_mask(T, seen) if padded else None
+        states = self.model.model(prefix, rope, mask, cache.layers)[:, -1]
+        after = F.pad(seen, (0, self.config.sequence_length - T), value=True)[:, None, None]
+        drawn = torch.zeros(len(order.captions), order.steps, dtype=torch.int64, device=self.device)
+        keys = torch.from_numpy(order.keys.view(np.int32)).to(self.device)
+        scales = torch.from_numpy(order.scales).to(self.device)
+        return _State(cache, states, after if padded else None, drawn, keys, scales)
+
+    def _noise(self, order: Draw, keys: Tensor) -> Tensor | None:
+        """Keys int32 [steps, B, 2] -> noise [steps, B, V]; None at temperature 0."""
+        if order.sampling.temperature == 0:
+            return None
+        return gumbel(hash_values(keys, self.config.visual_vocab_size))
+
+    def _choose(
+        self, order: Draw, state: _State, states: Tensor, step: int, noise: Tensor | None
+    ) -> None:
+        """States [B', D] of the last position and noise [1, B, V] -> the sub-token of `step`."""
+        logits = self.model.visual_logits(states, step % self.config.sub_tokens).float()
+        if order.guided:
+            logits = guide(logits, float(order.scales[step]))
+        state.drawn[:, step] = choose(logits, None if noise is None else noise[0], order.sampling)
+
+    def _steps(self, order: Draw, state: _State) -> Run:
+        """The loop, step by step."""
+        T, cos, sin = self.config.prefix_length, *self._rope
+
+        def run(start: int, stop: int) -> None:
+            # All noise of some steps at once: one by one its many small operations would count.
+            noise = self._noise(order, state.keys[start:stop])
+            for step in range(start, stop):
+                values = state.drawn[:, step - 1 : step]
+                x = self.model.embed_sub_tokens(_twice(values, order.guided), step - 1)
+                at = state.cache.at = slice(T + step - 1, T + step)
+                seen = None if state.seen is None else state.seen[..., : at.stop]
+                states = self.model.model(x, (cos[at], sin[at]), seen, state.cache.layers)
+                row = step - start
+                kept = None if noise is None else noise[row : row + 1]
+                self._choose(order, state, states[:, 0], step, kept)
+
+        return run
+
+    def _replayed(self, order: Draw, state: _State) -> Recording:
+        """The loop as a recording: the last one's, where this order differs only in its contents.
+
+        It is this order's alone until the pictures are done, so that two may be drawn in turns.
+        """
+        shape = (order.sampling, order.guided, state.drawn.shape, state.seen is None)
+        recording, self._recording = self._recording, None
+        if recording is not None and recording.shape == shape:
+            recording.fill(state)
+        else:
+            del recording  # frees the memory of the former before the next takes its own
+            recording = Recording(self, order, state, shape)
+        state.drawn = recording.state.drawn
+        return recording
+
+
+Run = Callable[[int, int], None]
+
+
+class Recording:
+    """One step for each sub-token number of a patch, recorded as CUDA graphs: the step's own number,
+    the cache's position and the noise's keys are read from device memory, so a replay asks the host
+    for nothing."""
+
+    def __init__(self, network: TorchGenerator, order: Draw, state: _State, shape: object) -> None:
+        self.network, self.order, self.state, self.shape = network, order, state, shape
+        # Of sub-tokens drawn so far; starts at 1, the first comes from the prefix.
+        self.count = torch.ones(1, dtype=torch.int64, device=network.device)
+        self.places = torch.arange(network.config.sequence_length, device=network.device)
+        self.graphs = [self._record(number) for number in range(network.config.sub_tokens)]
+        self.count.fill_(1)
+
+    def fill(self, state: _State) -> None:
+        """The beginning of other pictures into the memory that the recordings work on."""
+        ours = self.state
+        ours.cache.store.copy_(state.cache.store)
+        for mine, theirs in (
+            (ours.drawn, state.drawn),
+            (ours.keys, state.keys),
+            (ours.scales, state.scales),
+            (ours.seen, state.seen),
+        ):
+            if mine is not None and theirs is not None:
+                mine.copy_(theirs)
+        self.count.fill_(1)
+
+    def run(self, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            self.graphs[step % len(self.graphs)].replay()
+
+    def _record(self, number: int) -> torch.cuda.CUDAGraph:
+        kept = self.state.cache.store.clone(), self.state.drawn.clone()
+        side = torch.cuda.Stream(self.network.device)
+        side.wait_stream(torch.cuda.current_stream(self.network.device))
+        with torch.cuda.stream(side):  # libraries set themselves up outside of what is recorded
+            self.count.fill_(1)
+            self._step(number)
+        torch.cuda.current_stream(self.network.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._step(number)
+        self.state.cache.store.copy_(kept[0])
+        self.state.drawn.copy_(kept[1])
+        return graph
+
+    def _step(self, number: int) -> None:
+        """Step number `count`, which draws sub-token `number` of its patch."""
+        network, order, state = self.network, self.order, self.state
+        model, config, count = network.model, network.config, self.count
+        before = (number - 1) % config.sub_tokens
+        values = state.drawn.index_select(1, count - 1)
+        x = model.embed_sub_tokens(_twice(values, order.guided), before)
+        at = state.cache.at = count + (config.prefix_length - 1)
+        cos, sin = (table.index_select(0, at) for table in network._rope)
+        mask = self.places <= at
+        if state.seen is not None:
+            mask = state.seen & mask
+        else:
+            mask = mask.expand(len(x), 1, 1, -1)
+        states = model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]
+        logits = model.visual_logits(states, number).float()
+        if order.guided:
+            logits = guide(logits, state.scales.index_select(0, count))
+        noise = network._noise(order, state.keys.index_select(0, count))
+        chosen = choose(logits, None if noise is None else noise[0], order.sampling)
+        state.drawn.index_copy_(1, count, chosen[:, None])
+        count += 1
+
+
+def _twice(values: Tensor, guided: bool) -> Tensor:
+    """[B, 1] -> [2B, 1] with guidance: both halves go on from the same sub-token."""
+    return values.repeat(2, 1) if guided else values

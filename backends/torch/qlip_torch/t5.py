@@ -1,0 +1,65 @@
+"""FLAN-T5's encoder as a conditioner, through `transformers` (SPEC section 4): the extra `t5`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from qlip_core.errors import BackendError, CheckpointError
+
+
+class T5Encoder:
+    """Captions -> the encoder's last hidden states, float32 [B, T, F], padded on the left.
+
+    Loaded when first used, in float32: T5 overflows float16. Raises BackendError where transformers is not
+    installed, CheckpointError where the model cannot be had.
+    """
+
+    def __init__(self, name: str, length: int, device: str) -> None:
+        self._name, self._length, self._device = name, length, device
+        self._loaded: tuple[Any, Any] | None = None
+
+    @torch.inference_mode()
+    def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(features float32 [B, T, F], valid bool [B, T])."""
+        tokenizer, model = self._load()
+        batch = tokenizer(
+            list(prompts),
+            max_length=self._length,
+            padding="max_length",
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids, mask = (batch[k].to(self._device) for k in ("input_ids", "attention_mask"))
+        # Encoded as T5 was trained, padding behind; then moved before, so that captions end together.
+        states = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        states, valid = states.float().cpu().numpy(), mask.cpu().numpy().astype(bool)
+        out = np.zeros_like(states)
+        for row, state, places in zip(out, states, valid):
+            row[self._length - places.sum() :] = state[places]
+        return out, valid[:, ::-1].copy()
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        tokenizer, _ = self._load()
+        return [len(ids) for ids in tokenizer(list(prompts)).input_ids] if prompts else []
+
+    def _load(self) -> tuple[Any, Any]:
+        if self._loaded is None:
+            try:
+                from transformers import AutoTokenizer, T5EncoderModel
+            except ImportError:
+                raise BackendError(
+                    "captions are encoded by FLAN-T5 here: run `pip install 'qlip[t5]'`"
+                ) from None
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(self._name, padding_side="right")
+                model = T5EncoderModel.from_pretrained(self._name, use_safetensors=True)
+            except (OSError, ValueError) as error:
+                line = str(error).strip().splitlines()[0]
+                raise CheckpointError(f"{self._name}: cannot be loaded ({line})") from None
+            model.to(device=torch.device(self._device))  # type: ignore[call-arg]
+            self._loaded = tokenizer, model.eval()
+        return self._loaded

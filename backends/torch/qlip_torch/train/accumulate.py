@@ -1,0 +1,175 @@
+"""Feature-cached gradient accumulation: the gradients of one large batch, in the memory of a small one.
+
+A loss such as InfoNCE or the codebook entropy needs the features of the whole batch at once, but
+features are small and activations are not. So (GradCache, arXiv 2101.06983):
+
+1. without gradients, compute and keep the features of every micro-batch;
+2. take the losses on all features together, and their gradients at the features;
+3. forward each micro-batch again, with gradients, and backward `sum(features * their gradient)`
+   plus the micro-batch's share of the losses that are means over images.
+
+By the chain rule the parameters' gradients are those of the whole batch. The forward draws no random
+numbers, so both passes see the same features. One micro-batch needs no cache and takes one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Inputs = TypeVar("Inputs", contravariant=True)
+Features = tuple[Tensor, ...]
+Terms = dict[str, Tensor]
+
+
+class Losses(Protocol[Inputs]):
+    """What a stage minimises, taken apart for accumulation."""
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """What each term counts in the total. Terms that are not in it are only reported."""
+        ...
+
+    def features(self, inputs: Inputs) -> Features:
+        """What `of_features` needs of a micro-batch, rows first. Called without gradients."""
+        ...
+
+    def forward(self, inputs: Inputs) -> tuple[Features, Terms]:
+        """The same features, and the terms that are means over the micro-batch's images."""
+        ...
+
+    def of_features(self, features: Features) -> Terms:
+        """The terms of the features of all micro-batches together."""
+        ...
+
+    def parameters_of_features(self) -> Sequence[nn.Parameter]:
+        """Parameters that `of_features` uses itself."""
+        ...
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """What one accumulated backward found: every term, detached, and the features of the batch."""
+
+    terms: Terms
+    features: Features
+
+
+class GradientProbe(Protocol):
+    """Told before each forward with gradients, and after it each term's piece of the backward."""
+
+    def listen(self) -> None: ...
+
+    def watch(self, pieces: Terms) -> None: ...
+
+
+def accumulated_backward(
+    losses: Losses[Inputs],
+    batches: Sequence[Inputs],
+    *,
+    probe: GradientProbe | None = None,
+    syncing: Callable[[bool], AbstractContextManager[None]] | None = None,
+) -> Accumulated:
+    """Add the gradients of the weighted total over all `batches` (of equal size) to `.grad`.
+
+    `syncing(last)` is entered around each micro-batch, for an engine that averages gradients over
+    ranks with the last one. `probe` sees the terms unweighted.
+    """
+    if len(batches) == 1:
+        with _entered(syncing, True):
+            if probe is not None:
+                probe.listen()
+            features, terms = losses.forward(batches[0])
+            terms = {**losses.of_features(features), **terms}
+            if probe is not None:
+                probe.watch({name: terms[name] for name in losses.weights})
+            _total(terms, losses.weights).backward()
+        return Accumulated(_detached(terms), tuple(f.detach() for f in features))
+
+    with torch.no_grad():
+        rows = [losses.features(inputs) for inputs in batches]
+    cached = tuple(torch.cat(parts).requires_grad_() for parts in zip(*rows))
+    counts = [len(parts[0]) for parts in rows]
+    del rows
+    terms, slopes = _feature_gradients(losses, cached, apart=probe is not None)
+
+    share = 1 / len(batches)
+    sums: Terms = {}
+    for index, (inputs, piece) in enumerate(zip(batches, _split(slopes, counts))):
+        with _entered(syncing, index == len(batches) - 1):
+            if probe is not None:
+                probe.listen()
+            features, local = losses.forward(inputs)
+            pieces = {name: _dot(features, slope) for name, slope in piece.items()}
+            for name, term in local.items():
+                sums[name] = sums.get(name, 0) + term.detach() * share
+                if name in losses.weights:
+                    pieces[name] = term * share
+            if probe is not None:
+                probe.watch(pieces)
+            # What is "all" is weighted already.
+            _total(pieces, {"all": 1.0, **losses.weights}).backward()
+    return Accumulated({**terms, **sums}, tuple(f.detach() for f in cached))
+
+
+def _feature_gradients(
+    losses: Losses, cached: Features, *, apart: bool
+) -> tuple[Terms, dict[str, Features]]:
+    """Terms of the features, and the gradient at the features: of the total, or of each term."""
+    terms = losses.of_features(cached)
+    parameters = list(losses.parameters_of_features())
+    weighted = {name: term for name, term in terms.items() if name in losses.weights}
+    total = _total(weighted, losses.weights)
+    slopes: dict[str, Features] = {}
+    if apart:
+        for name, term in weighted.items():
+            slopes[name] = _gradient(term, cached, retain_graph=True)
+    found = torch.autograd.grad(
+        total, [*cached, *parameters], allow_unused=True, materialize_grads=True
+    )
+    for parameter, slope in zip(parameters, found[len(cached) :]):
+        parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+    if not apart:
+        slopes["all"] = found[: len(cached)]
+    return _detached(terms), slopes
+
+
+def _gradient(term: Tensor, at: Features, *, retain_graph: bool) -> Features:
+    return torch.autograd.grad(
+        term, at, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
+
+
+def _split(slopes: dict[str, Features], counts: list[int]) -> Iterator[dict[str, Features]]:
+    start = 0
+    for count in counts:
+        rows = slice(start, start + count)
+        yield {name: tuple(each[rows] for each in slope) for name, slope in slopes.items()}
+        start += count
+
+
+def _dot(features: Features, slope: Features) -> Tensor:
+    total = features[0].new_zeros(())
+    for feature, gradient in zip(features, slope):
+        total = total + (feature * gradient).sum()
+    return total
+
+
+def _total(terms: Terms, weights: Mapping[str, float]) -> Tensor:
+    parts = [term * weights[name] for name, term in terms.items() if name in weights]
+    return torch.stack(parts).sum()
+
+
+def _detached(terms: Terms) -> Terms:
+    return {name: term.detach() for name, term in terms.items()}
+
+
+def _entered(
+    syncing: Callable[[bool], AbstractContextManager[None]] | None, last: bool
+) -> AbstractContextManager[None]:
+    return nullcontext() if syncing is None else syncing(last)

@@ -1,0 +1,171 @@
+"""From a recipe to what a stage starts with: tokenizer, configuration, first weights, fixed pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from qlip_core.checkpoint import Checkpoint, open_checkpoint
+from qlip_core.config import QLIPConfig
+from qlip_core.data.emoji import caption_corpus
+from qlip_core.data.vocabulary import train_bpe
+from qlip_core.errors import RecipeError
+from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
+from qlip_core.text import FILES as TOKENIZER_FILES
+from qlip_core.text import Tokenizer
+from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
+from qlip_torch.train.distributed import World
+from qlip_torch.train.initialise import initialise
+from qlip_torch.train.recipe import Recipe, StageRecipe
+
+STAGE_MODEL = "model"
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a stage begins with. `weights` float32 by published name; `tokenizer_folder` has its files."""
+
+    config: QLIPConfig
+    weights: dict[str, np.ndarray]
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    origin: tuple[str, ...]
+    """Where the weights come from, in lines for the plan."""
+
+
+def write_tokenizer(recipe: Recipe, folder: Path) -> None:
+    """Put the recipe's tokenizer files where the run keeps them. Raises RecipeError without any."""
+    model = recipe.model
+    if model.tokenizer != "emoji":
+        return
+    size = model.text.vocabulary
+    if size is None:
+        raise RecipeError(
+            'model.tokenizer = "emoji" trains a vocabulary: give its size as model.text.vocabulary'
+        )
+    length = model.config().text_config.max_position_embeddings
+    found = train_bpe(caption_corpus(), size, folder, context_length=length)
+    if found != size:
+        raise RecipeError(
+            f"model.text.vocabulary (={size}): the emoji captions have no more than {found} tokens"
+        )
+
+
+def tokenizer_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where the recipe's tokenizer files are, `folder` being what `write_tokenizer` wrote."""
+    if recipe.model.tokenizer == "emoji":
+        return folder
+    if not recipe.model.tokenizer:
+        raise RecipeError(
+            'model.tokenizer is empty: give "emoji", or a folder with vocab.json and merges.txt'
+        )
+    path = Path(recipe.model.tokenizer)
+    return path if path.is_dir() else _from_hub(recipe.model.tokenizer)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise RecipeError(
+            f"model.tokenizer: no folder {name!r} here; to fetch it from the hub run "
+            "`pip install 'qlip[hub]'`"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise RecipeError(
+            f"model.tokenizer: no folder {name!r} here, and the hub does not give it "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def first_start(recipe: Recipe, folder: Path) -> Start:
+    """Stage 1's beginning: the recipe's model, random or from `start`."""
+    if recipe.start.checkpoint:
+        return start_from(open_checkpoint(recipe.start.checkpoint), recipe.start.checkpoint)
+    files = tokenizer_folder(recipe, folder)
+    tokenizer = Tokenizer.from_folder(files, recipe.model.config().text_config)
+    if tokenizer is None:
+        raise RecipeError(f"model.tokenizer: {files} has no vocab.json and merges.txt")
+    ids = {}
+    if recipe.model.text.vocabulary is not None:
+        ids = {
+            "pad_token_id": tokenizer.pad,
+            "bos_token_id": tokenizer.start,
+            "eos_token_id": tokenizer.end,
+        }
+    config = recipe.model.config(**ids)
+    start = recipe.start
+    weights, report = initialise(config, start.encoder, start.text, recipe.seed)
+    lines = report.lines() if start.encoder or start.text else [f"random, seed {recipe.seed}"]
+    return Start(config, weights, tokenizer, files, tuple(lines))
+
+
+def start_from(checkpoint: Checkpoint, origin: str) -> Start:
+    """A beginning from a QLIP checkpoint. Raises RecipeError if it has no tokenizer."""
+    if checkpoint.tokenizer is None:
+        raise RecipeError(f"{origin}: has no tokenizer files, and training reads captions")
+    return Start(
+        checkpoint.config, checkpoint.tensors(), checkpoint.tokenizer, checkpoint.folder, (origin,)
+    )
+
+
+def stage1_result(path: str | Path) -> Path:
+    """The model folder behind a stage-1 run folder, a stage's folder or a checkpoint."""
+    path = Path(path)
+    for inner in (path / "stage1" / STAGE_MODEL, path / STAGE_MODEL):
+        if (inner / "config.json").is_file():
+            return inner
+    return path
+
+
+def stage_loader(
+    recipe: Recipe, stage: StageRecipe, start: Start, world: World, state: dict[str, Any] | None
+) -> Loader:
+    """Micro-batches of this rank: a global batch is `stage.micro_batches(ranks)` of them from each."""
+    micro_batches = stage.micro_batches(world.size)
+    return make_loader(
+        recipe.data,
+        image_size=start.config.image_size,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        tokenizer=start.tokenizer,
+        batch_size=stage.batch // micro_batches,
+        rank=world.rank,
+        world_size=world.size,
+        state=state,
+    )
+
+
+def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
+    """The pictures a run is watched by, [count, 3, S, S]: held out where the source is the emoji set."""
+    quiet = dataclasses.replace(
+        data,
+        sources=tuple(_held_out(source) for source in data.sources),
+        workers=0,
+        streams=1,
+        shuffle_buffer=count,
+        scale=(1.0, 1.0),
+        flip=0.0,
+    )
+    with make_loader(
+        quiet,
+        image_size=start.config.image_size,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        tokenizer=start.tokenizer,
+        batch_size=count,
+    ) as loader:
+        return next(loader).pixels
+
+
+def _held_out(source: Source) -> Source:
+    if source.location == "emoji":
+        return Source("emoji?split=held-out", source.weight)
+    return source

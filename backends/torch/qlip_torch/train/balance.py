@@ -1,0 +1,73 @@
+"""Loss balancing: the ratio of the two objectives from what each reaches alone (SPEC section 3).
+
+Gradient norms of reconstruction and alignment differ by two orders of magnitude, so the weights are set
+post hoc: train once with each objective alone, then `a_r / a_a = L_align(inf) / L_mse(inf)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlip_core.errors import RecipeError
+from qlip_torch.train.metrics import read_metrics
+from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.run import train
+
+BALANCED = "balanced.toml"
+PROBES = {
+    "reconstruction": ("stage1.align=0.0",),
+    "alignment": ("stage1.mse=0.0", "stage1.commitment=0.0", "stage1.bsq=0.0"),
+}
+# The end value is the mean over the last tenth of the curve.
+_TAIL = 0.1
+
+
+@dataclass(frozen=True)
+class Balance:
+    """What the probes ended at, and the weights that follow; `recipe` is where they are written."""
+
+    mse: float
+    align: float
+    weight_mse: float
+    """a_r, with a_a as the recipe has it."""
+    weight_align: float
+    recipe: Path
+
+    @property
+    def ratio(self) -> float:
+        """a_r / a_a."""
+        return self.weight_mse / self.weight_align
+
+
+def balance(
+    recipe: Recipe, *, out: str | Path, steps: int | None = None, resume: bool = False
+) -> Balance:
+    """Run both probes in `out` and write the recipe with the weights they suggest to balanced.toml.
+
+    steps: of each probe; by default those of the recipe's stage 1. Raises RecipeError where a weight
+    is 0 that the other is measured against, or a probe ends at a loss of 0.
+    """
+    out = Path(out)
+    for name in ("mse", "align"):
+        if getattr(recipe.stage1, name) <= 0:
+            raise RecipeError(f"stage1.{name} is 0: there is nothing to balance")
+    for name, changes in PROBES.items():
+        folder = out / f"probe-{name}"
+        train(recipe.changed(changes), stage="1", out=folder, steps=steps, resume=resume)
+    mse = _end_value(out / "probe-reconstruction", "mse")
+    align = _end_value(out / "probe-alignment", "align")
+    if not (mse > 0 and align > 0):
+        raise RecipeError(f"the probes ended at mse {mse} and align {align}: no ratio follows")
+    weight = float(f"{recipe.stage1.align * align / mse:.3g}")
+    balanced = recipe.changed([f"stage1.mse={weight}"])
+    path = out / BALANCED
+    path.write_text(balanced.to_toml(), encoding="utf-8")
+    return Balance(mse, align, weight, recipe.stage1.align, path)
+
+
+def _end_value(run: Path, term: str) -> float:
+    values = [line["terms"][term] for line in read_metrics(run / "stage1")]
+    tail = values[-max(1, math.ceil(len(values) * _TAIL)) :]
+    return sum(tail) / len(tail)

@@ -1,0 +1,296 @@
+"""Checkpoints of a run: written whole or not at all, kept few, found by `latest`, resumed exactly.
+
+    checkpoints/step-00001000/   tensors (torch.distributed.checkpoint), state.json, rank-00000.json, …
+    checkpoints/latest           the name of the newest complete one
+
+A checkpoint is written under a temporary name and renamed when every rank has written its share, then
+`latest` is replaced: whatever instant a run is killed at, `latest` names a complete one. They lie on
+a file system that all ranks see. They are for going on with a run; `export` makes a model of it.
+"""
+
+# torch.distributed.checkpoint does not say that it re-exports its own functions.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from qlip_core.errors import CheckpointError
+from qlip_torch.train.distributed import World
+
+LATEST, STATE = "latest", "state.json"
+_MISSING_GROUP = "torch.distributed is disabled"
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a checkpoint said beside its tensors: the run's state, and each writing rank's own."""
+
+    path: Path
+    state: dict[str, Any]
+    ranks: list[dict[str, Any]]
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run, in `folder`."""
+
+    def __init__(self, folder: str | Path, *, keep: int, background: bool, world: World) -> None:
+        self.folder = Path(folder)
+        self._keep, self._background, self._world = keep, background, world
+        self._pending: tuple[Future[Any], Path, Path] | None = None
+        self._thread: ThreadPoolExecutor | None = None
+
+    # -- writing -----------------------------------------------------------------------------------
+
+    def save(
+        self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], own: dict[str, Any]
+    ) -> None:
+        """Write a checkpoint after `step` steps; with `background`, return once tensors are copied.
+
+        Every rank must call. `state` is the same on all of them, `own` this rank's.
+        """
+        self.wait()
+        name = f"step-{step:08d}"
+        part, final = self.folder / f".{name}.part", self.folder / name
+        if self._world.is_first:
+            self._clear(part)
+            part.mkdir(parents=True)
+        self._world.barrier()
+        own = {**own, "random": _random_state(self._world.device)}
+        _write(part / f"rank-{self._world.rank:05d}.json", own)
+        if self._world.is_first:
+            _write(part / STATE, {**state, "step": step, "ranks": self._world.size})
+        self._pending = self._write_tensors(part, tensors), part, final
+        if not self._background:
+            self.wait()
+
+    def _write_tensors(self, part: Path, tensors: dict[str, Tensor]) -> Future[Any]:
+        writer = dcp.FileSystemWriter(part)
+        if self._world.group is not None:
+            group = self._world.checkpoint_group
+            if not self._background:
+                done: Future[Any] = Future()
+                done.set_result(dcp.save(tensors, storage_writer=writer, process_group=group))
+                return done
+            found = dcp.async_save(tensors, storage_writer=writer, process_group=group)
+            assert isinstance(found, Future)
+            return found
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        copies = {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
+        return self._thread.submit(_save_alone, copies, writer)
+
+    def poll(self) -> None:
+        """Finish a checkpoint whose tensors have been written, without waiting. Local to each rank."""
+        if self._pending is not None and self._pending[0].done():
+            self._finish()
+
+    def wait(self) -> None:
+        """Finish the checkpoint that is being written, if any."""
+        if self._pending is not None:
+            self._finish()
+
+    def close(self) -> None:
+        """Wait, and end the thread: in this order, before process groups are taken down."""
+        self.wait()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True)
+            self._thread = None
+
+    def _finish(self) -> None:
+        assert self._pending is not None
+        future, part, final = self._pending
+        self._pending = None
+        try:
+            future.result()
+        except OSError as error:
+            raise CheckpointError(f"{final}: the checkpoint cannot be written ({error})") from error
+        # The first rank's share is done last: it writes the table of all ranks' shares.
+        if not self._world.is_first:
+            return
+        self._clear(final)
+        part.rename(final)
+        pointer = self.folder / f".{LATEST}.part"
+        pointer.write_text(final.name + "\n", encoding="utf-8")
+        os.replace(pointer, self.folder / LATEST)
+        self._rotate(final)
+
+    def _rotate(self, newest: Path) -> None:
+        # Complete ones past the newest's step belong to an abandoned course of the run.
+        older = [path for path in _complete(self.folder) if path.name < newest.name]
+        later = [path for path in _complete(self.folder) if path.name > newest.name]
+        for path in [*later, *older[: max(0, len(older) + 1 - self._keep)]]:
+            self._clear(path)
+        for path in self.folder.glob(".step-*.part"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def _clear(self, path: Path) -> None:
+        """Remove a folder so that at no instant a damaged one stands under its name."""
+        if path.exists():
+            doomed = path.with_name(f".{path.name.strip('.')}.old")
+            shutil.rmtree(doomed, ignore_errors=True)
+            path.rename(doomed)
+            shutil.rmtree(doomed)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None."""
+        return latest_checkpoint(self.folder)
+
+    def load(self, path: Path, tensors: dict[str, Tensor]) -> Resumed:
+        """Read a checkpoint into `tensors`, in place, whatever number of ranks wrote it.
+
+        Every rank must call. Raises CheckpointError where it does not fit.
+        """
+        read_checkpoint(path, tensors, self._world.checkpoint_group)
+        state = read_state(path)
+        ranks = [_read(path / f"rank-{rank:05d}.json") for rank in range(state["ranks"])]
+        _restore_random_state(ranks, self._world)
+        return Resumed(path, state, ranks)
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """The checkpoint that `latest` names, else the newest complete one, else None."""
+    folder = Path(folder)
+    try:
+        named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        named = None
+    complete = _complete(folder)
+    if named in complete:
+        return named
+    return complete[-1] if complete else None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's state.json: step, stage, recipe, config, ..."""
+    return _read(path / STATE)
+
+
+def read_checkpoint(
+    path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
+) -> None:
+    """Read these tensors of a checkpoint, in place; with `group`, each rank its share of them.
+
+    Raises CheckpointError where it is damaged, or has no such tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_MISSING_GROUP)
+            dcp.load(
+                tensors, storage_reader=_Reader(path), process_group=group, no_dist=group is None
+            )
+    except (dcp.CheckpointException, OSError, ValueError) as error:
+        last = str(error).strip().splitlines()[-1]
+        raise CheckpointError(
+            f"{path}: cannot be read ({last}); was it written by another recipe?"
+        ) from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: a checkpoint's file cannot be read ({error})") from None
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-*") if (path / STATE).is_file())
+
+
+def _save_alone(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_MISSING_GROUP)
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+
+
+def _write(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values), encoding="utf-8")
+
+
+# -- random numbers ----------------------------------------------------------------------------
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    out = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        out["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(s.numpy().tobytes()).decode() for name, s in out.items()}
+
+
+def _restore_random_state(ranks: list[dict[str, Any]], world: World) -> None:
+    """This rank's own; with more ranks than wrote, the new ones keep the state they started with."""
+    if world.rank >= len(ranks):
+        return
+    states = {
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+        for name, text in ranks[world.rank]["random"].items()
+    }
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and world.device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], world.device)
+
+
+# -- reading without trust ---------------------------------------------------------------------
+
+# All that the table of a checkpoint of plain tensors refers to.
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    (_METADATA, name)
+    for name in (
+        "Metadata",
+        "TensorStorageMetadata",
+        "ChunkStorageMetadata",
+        "StorageMeta",
+        "TensorProperties",
+        "MetadataIndex",
+        "_MEM_FORMAT_ENCODING",
+    )
+} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib", "WindowsPath"),
+    ("pathlib._local", "PosixPath"),
+    ("pathlib._local", "WindowsPath"),
+    ("collections", "OrderedDict"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the table of a checkpoint; anything else in it is refused, so nothing of it can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if (module, name) in _ALLOWED or is_dtype:
+            return super().find_class(module, name)
+        raise ValueError(f"its table refers to {module}.{name}: not a checkpoint of this program")
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, without its unrestricted unpickling. Tensors it reads with weights_only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = dcp.metadata.StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata

@@ -1,0 +1,334 @@
+"""Processes and devices: who this process is, how a module is spread over them, how a job ends.
+
+Model files are single-device code; everything about many processes is applied from here. A job of
+one process needs none of it and takes the same path. Started by torchrun, which says in the
+environment which rank this is.
+"""
+
+# _foreach_* and HashStore are what torch's own engines use; it does not re-export them.
+# pyright: reportPrivateImportUsage=false
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from qlip_core.errors import BackendError, QlipError
+from qlip_torch.train.recipe import EngineRecipe
+
+TIMEOUT = timedelta(minutes=10)
+
+
+class PeerError(QlipError):
+    """Another process of the job has stopped, so this one cannot go on."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those of the job. `group` is None where it is alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+    # Checkpoints are written by a thread: its messages must not mix with training's.
+    checkpoint_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks, without gradients."""
+        if self.group is None:
+            return values
+        values = values.clone()
+        dist.all_reduce(values, group=self.group)
+        return values / self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        if self.group is None:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, dist.ReduceOp.MAX, group=self.group)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        if self.checkpoint_group is not None:
+            dist.barrier(group=self.checkpoint_group)
+
+    @property
+    def joins_autograd(self) -> dist.ProcessGroup | None:
+        """The group for losses over the global batch; None where there is nothing to join."""
+        return self.group if self.size > 1 else None
+
+
+# -- a job's beginning and end -----------------------------------------------------------------
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a recipe's `engine.device`; "auto" is this rank's GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BackendError(f"device {name!r}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(f"device {name!r}: torch finds no CUDA device here")
+        index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+        device = torch.device("cuda", index)
+    elif device.type != "cpu":
+        raise BackendError(f"device {name!r}: training runs on cuda or cpu")
+    return device
+
+
+@contextmanager
+def joined(engine: EngineRecipe) -> Iterator[World]:
+    """Join the job that torchrun started, or be alone; leave it in order at the end."""
+    device = choose_device(engine.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 and engine.parallel == "ddp":
+        yield World(0, 1, device)
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        if size == 1:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        else:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+    except (RuntimeError, ValueError) as error:
+        raise BackendError(
+            f"the processes of the job cannot meet ({_line(error)}): start them with torchrun"
+        ) from error
+    try:
+        checkpoints = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        assert isinstance(checkpoints, dist.ProcessGroup)
+        world = World(dist.get_rank(), size, device, dist.group.WORLD, checkpoints)
+        yield world
+        # All have done what they wait for in each other before any takes its group down.
+        world.barrier()
+    except RuntimeError as error:
+        if not _lost_a_peer(error):
+            raise
+        raise PeerError(
+            f"process {os.environ.get('RANK', 0)} of {size} stops: another process of the job has "
+            f"stopped, see its message ({_line(error)})"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:200] if text else type(error).__name__
+
+
+def _lost_a_peer(error: RuntimeError) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    signs = ("connection closed by peer", "connection reset", "gloo", "broken pipe", "nccl")
+    return any(sign in text for sign in signs)
+
+
+class StopRequest:
+    """Notes SIGTERM and Ctrl-C; the loop asks between steps, and stops with a checkpoint.
+
+    After `grace` seconds (a checkpoint that hangs, a rank that waits for a dead one) the process
+    ends without one. A second Ctrl-C ends it at once. Only the main thread may take signals; elsewhere
+    this never asks to stop.
+    """
+
+    def __init__(self, grace: float) -> None:
+        self.signal: int | None = None
+        self._grace = grace
+        self._before: dict[int, Any] = {}
+        self._timer: threading.Timer | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells say it: 143 after SIGTERM, 130 after Ctrl-C."""
+        return 128 + (self.signal or 0)
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(130)
+        if self.signal is None:
+            self.signal = number
+            self._timer = threading.Timer(self._grace, self._give_up)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _give_up(self) -> None:
+        sys.stderr.write(f"qlip: no checkpoint within {self._grace:.0f} s of the signal; ending\n")
+        sys.stderr.flush()
+        os._exit(self.exit_code)
+
+
+# -- a module over the processes ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A module as the engine runs it, and how accumulation tells it which backward averages."""
+
+    module: nn.Module
+    syncing: Callable[[bool], AbstractContextManager[None]]
+
+
+def prepare_blocks(blocks: Iterable[nn.Module], engine: EngineRecipe) -> None:
+    """torch.compile and activation checkpointing, block by block, in place; names stay as they are."""
+    for block in blocks:
+        forward: Callable[..., Any] = block.forward
+        if engine.compile:
+            forward = torch.compile(forward)
+        if engine.activation_checkpointing:
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = forward
+
+
+def spread(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    engine: EngineRecipe,
+    world: World,
+    *,
+    apart: Sequence[str] = (),
+    methods: Sequence[str] = (),
+    half: bool = False,
+) -> Spread:
+    """DDP or FSDP2 over all ranks. `apart` names parameters that the caller averages itself,
+    `methods` what is called of the module beside `forward`, without gradients.
+
+    With FSDP2 each of `blocks` is a unit, gathered in bfloat16 if `half`; the rest (embeddings,
+    bottleneck, projections) stays float32. It averages with every backward: gradients then stay sharded.
+    """
+    if world.group is None:
+        return Spread(module, lambda last: nullcontext())
+    kept = [module.get_parameter(name) for name in apart]
+    if engine.parallel == "fsdp":
+        _shard(module, blocks, engine, world, kept, methods, half)
+        return Spread(module, lambda last: nullcontext())
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(apart))
+    wrapped = DistributedDataParallel(
+        module,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+    return Spread(wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
+
+
+def _shard(
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    engine: EngineRecipe,
+    world: World,
+    apart: list[nn.Parameter],
+    methods: Sequence[str],
+    half: bool,
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    on_cuda = world.device.type == "cuda"
+    offload = CPUOffloadPolicy(pin_memory=on_cuda) if engine.cpu_offload else OffloadPolicy()
+    # Inputs are not cast: the residual stream stays as autocast leaves it.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    fully_shard(
+        module,
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=offload,
+        ignored_params=set(apart),
+    )
+    for name in methods:
+        register_fsdp_forward_method(module, name)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Mean over ranks of the gradients of parameters that no engine averages, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if world.group is None or not gradients:
+        return
+    flat = world.mean(torch.cat([g.reshape(-1) for g in gradients]))
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients])):
+        gradient.copy_(part.view_as(gradient))
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, world: World) -> Tensor:
+    """Scale all gradients so that their common norm is at most `limit`; the norm before, float32.
+
+    Takes sharded and whole parameters together, which torch's own does not.
+    """
+    sharded: list[Tensor] = []
+    whole: list[Tensor] = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if isinstance(parameter.grad, DTensor):
+            sharded.append(parameter.grad.to_local())
+        else:
+            whole.append(parameter.grad)
+    square = _square(sharded, world.device)
+    if world.group is not None and sharded:
+        dist.all_reduce(square, group=world.group)
+    norm = (square + _square(whole, world.device)).sqrt()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradients in (sharded, whole):
+        for device in {g.device for g in gradients}:
+            torch._foreach_mul_([g for g in gradients if g.device == device], scale.to(device))
+    return norm
+
+
+def _square(gradients: list[Tensor], device: torch.device) -> Tensor:
+    if not gradients:
+        return torch.zeros((), device=device)
+    norms = torch._foreach_norm(gradients)
+    return torch.stack([norm.float().to(device) for norm in norms]).square().sum()

@@ -1,0 +1,61 @@
+"""From a run's checkpoint to a model in the published layout (SPEC section 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qlip_core.architecture import architecture
+from qlip_core.checkpoint import open_checkpoint, save_checkpoint
+from qlip_core.config import QLIPConfig
+from qlip_core.errors import CheckpointError
+from qlip_torch.train.checkpoints import latest_checkpoint, read_checkpoint, read_state
+
+TRAINED = {1: ("text", "encoder", "down", "up", "decoder"), 2: ("down", "up", "decoder")}
+
+
+def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
+    """Write the newest model of a run, whatever its stage and step, as a checkpoint folder `out`.
+
+    dtype: how the weights are stored, float32, float16 or bfloat16. Raises CheckpointError where the
+    run has no checkpoint yet.
+    """
+    run = Path(run_folder)
+    for folder in (run / "stage2", run / "stage1", run):
+        if latest_checkpoint(folder / "checkpoints") is not None:
+            return export_stage(folder, Path(out), dtype=dtype)
+    raise CheckpointError(
+        f"{run}: no checkpoint in it to export: not a run folder, or none is done"
+    )
+
+
+def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
+    """The newest checkpoint of a stage's folder as a model: its moving average where it keeps one.
+
+    After stage 2, text tower and encoder are those it started from, bit for bit.
+    """
+    path = latest_checkpoint(folder / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{folder}: no checkpoint in it to export")
+    state = read_state(path)
+    config = QLIPConfig.from_dict(state["config"])
+    prefix = "ema" if state["numbers"]["ema_updates"] else "model"
+    tensors = {
+        f"{prefix}.{name}": torch.empty(spec.shape)
+        for name, spec in architecture(config).items()
+        if spec.part in TRAINED[state["stage"]]
+    }
+    read_checkpoint(path, tensors)
+    weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}
+    if state["stage"] == 2:
+        weights = open_checkpoint(folder / "start").tensors() | weights
+    recipe = state["recipe"]
+    card = (
+        f"---\nnote: {recipe['name']}, stage {state['stage']}, step {state['step']}\n---\n\n"
+        f"# {recipe['name']}\n\n{recipe['description']}\n\n"
+        f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.\n"
+    )
+    return save_checkpoint(
+        out, config, weights, dtype=dtype, tokenizer_from=state["tokenizer"], card=card
+    )

@@ -1,0 +1,87 @@
+"""Pictures of a run: fixed images beside their reconstructions, and the curves."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
+
+_GAP = 2
+
+
+def to_images(pixels: Tensor) -> np.ndarray:
+    """Normalised pixels [B, 3, S, S] to uint8 [B, S, S, 3]."""
+    values = pixels.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
+    values = values * np.array(CLIP_STD, np.float32) + np.array(CLIP_MEAN, np.float32)
+    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+
+
+def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
+    """A PNG with the images [B, 3, S, S] in the upper row and their reconstructions below."""
+    rows = [to_images(pixels), to_images(reconstruction)]
+    count, side = rows[0].shape[:2]
+    scale = max(1, 128 // side)
+    step = side * scale + _GAP
+    sheet = np.full((2 * step - _GAP, count * step - _GAP, 3), 255, np.uint8)
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            large = image.repeat(scale, 0).repeat(scale, 1)
+            sheet[r * step : r * step + side * scale, c * step : c * step + side * scale] = large
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, lambda file: Image.fromarray(sheet).save(file, "png"))
+
+
+def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
+    """Curves of `metrics.jsonl`'s lines as a PNG; False where matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
+    series = {
+        name: [(v["step"], v["terms"][name]) for v in lines if name in v["terms"]] for name in names
+    }
+    series["gradient norm"] = [(v["step"], v["gradient_norm"]) for v in lines]
+    series["images/s"] = [(v["step"], v["images_per_second"]) for v in lines]
+    for key in ("low", "high", "dead"):
+        points = [(v["step"], v["bits"][key]) for v in lines if "bits" in v]
+        if points and key != "high":
+            series[f"bits: {key}"] = points
+    columns = 3
+    rows = -(-(len(series) + 1) // columns)
+    figure = Figure(figsize=(4.5 * columns, 2.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    for i, (name, points) in enumerate(series.items(), 1):
+        axis = figure.add_subplot(rows, columns, i)
+        axis.plot(*zip(*points), linewidth=1)
+        axis.set_title(name, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.grid(alpha=0.3)
+        if name in ("mse", "align", "gradient norm") and min(y for _, y in points) > 0:
+            axis.set_yscale("log")
+    axis = figure.add_subplot(rows, columns, len(series) + 1)
+    probed = [v for v in lines if "layer_norms" in v]
+    for name in probed[-1]["layer_norms"] if probed else []:
+        axis.plot([v["step"] for v in probed], [v["layer_norms"][name] for v in probed], label=name)
+    axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
+    if probed:
+        axis.set_yscale("log")
+        axis.legend(fontsize=7)
+    axis.grid(alpha=0.3)
+    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    return True
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        write(file)
+    os.replace(part, path)

@@ -1,0 +1,85 @@
+"""The training loop: batches in, steps, what is shown, what is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlip_core.config import QLIPConfig
+from qlip_core.errors import QlipError
+from qlip_torch.train.checkpoints import Checkpoints
+from qlip_torch.train.data import Loader
+from qlip_torch.train.distributed import StopRequest
+from qlip_torch.train.metrics import Metrics
+from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.stage import Stage
+
+
+class Interrupted(QlipError):
+    """A signal asked the run to stop: it did, with a checkpoint. `exit_code` is 128 + the signal."""
+
+    def __init__(self, step: int, exit_code: int) -> None:
+        super().__init__(f"stopped after step {step} with a checkpoint; go on with --resume")
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stage's loop is made of."""
+
+    recipe: Recipe
+    config: QLIPConfig
+    tokenizer_folder: Path
+    stage: Stage
+    loader: Loader
+    checkpoints: Checkpoints
+    stop: StopRequest
+    metrics: Metrics | None
+    """On the first rank."""
+    show: Callable[[int], None]
+    """Pictures after so many steps; every rank calls it."""
+
+
+def train_stage(parts: Parts, start: int, until: int) -> None:
+    """Steps `start` to `until` (exclusive), from the state the parts are in, ending in a checkpoint.
+
+    Raises NonFiniteError when a term is not finite (the last checkpoint is kept), Interrupted after
+    a signal.
+    """
+    recipe, stage, world = parts.recipe, parts.stage, parts.stage.world
+    micro_batches = stage.recipe.micro_batches(world.size)
+    every = recipe.log.gradients
+    for step in range(start, until):
+        batches = [next(parts.loader) for _ in range(micro_batches)]
+        report = stage.step(batches, step, probe=bool(every) and step % every == 0)
+        done = step + 1
+        if parts.metrics is not None:
+            parts.metrics.record(done, report)
+        parts.checkpoints.poll()
+        stopping = world.any(parts.stop.signal is not None)
+        if stopping or done == until or done % recipe.checkpoints.every == 0:
+            save(parts, done)
+        if stopping:
+            parts.checkpoints.wait()
+            raise Interrupted(done, parts.stop.exit_code)
+        if recipe.log.pictures and (done % recipe.log.pictures == 0 or done == until):
+            began = time.perf_counter()
+            parts.show(done)
+            if parts.metrics is not None:
+                parts.metrics.leave_out(time.perf_counter() - began)
+    parts.checkpoints.wait()
+
+
+def save(parts: Parts, done: int) -> None:
+    """A checkpoint of everything that the next step depends on."""
+    stage = parts.stage
+    state = {
+        "stage": stage.number,
+        "recipe": parts.recipe.to_dict(),
+        "config": parts.config.to_dict(),
+        "tokenizer": str(parts.tokenizer_folder),
+        "numbers": stage.numbers(),
+    }
+    parts.checkpoints.save(done, stage.tensors(), state, {"data": parts.loader.state_dict()})

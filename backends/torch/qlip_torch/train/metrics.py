@@ -1,0 +1,229 @@
+"""Seeing a run train: one live line, metrics as JSON lines, TensorBoard where it is installed.
+
+`metrics.jsonl` has one object a line: `step` (steps done), `terms` by name, `total`, `gradient_norm`,
+`rate`, `seconds` (of training so far), `bits`, `images_per_second`, `utilisation` (model FLOPs over the measured matrix rate),
+`memory` (peak bytes), and now and then `layer_norms` (SPEC section 3, loss balancing).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlip_core.config import QLIPConfig
+from qlip_torch.train.recipe import LogRecipe
+from qlip_torch.train.stage import StepReport
+from qlip_torch.train.throughput import forward_flops, matmul_rate, peak_memory
+
+METRICS = "metrics.jsonl"
+# Without a terminal a line is written now and then, for the log of a batch job.
+QUIET_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What an image costs and what the device can do, for utilisation."""
+
+    flops: float
+    """Model FLOPs of one image's training step."""
+    rate: float
+    """Measured FLOP/s of matrix products on one device."""
+    ranks: int
+
+    @classmethod
+    def measure(
+        cls, config: QLIPConfig, stage: int, device: torch.device, dtype: torch.dtype, ranks: int
+    ) -> Speed:
+        return cls(forward_flops(config).training(stage), matmul_rate(device, dtype), ranks)
+
+    def utilisation(self, images_per_second: float) -> float:
+        return self.flops * images_per_second / (self.rate * self.ranks)
+
+
+class Metrics:
+    """The first rank's record of a stage; the other ranks need none."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        log: LogRecipe,
+        *,
+        stage: int,
+        steps: int,
+        start: int,
+        batch: int,
+        code_dim: int,
+        speed: Speed,
+        device: torch.device,
+    ) -> None:
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._log, self._stage, self._steps, self._batch = log, stage, steps, batch
+        self._code_dim, self._speed, self._device = code_dim, speed, device
+        _forget_after(self.folder / METRICS, start)
+        before = read_metrics(self.folder)
+        self._seconds = before[-1]["seconds"] if before else 0.0
+        self._file = (self.folder / METRICS).open("a", encoding="utf-8")
+        self._board = _tensorboard(self.folder)
+        self._terminal = sys.stderr.isatty()
+        self._shown = -math.inf
+        self._step, self._time = start, time.perf_counter()
+        self._begin = (start, self._time)
+        self._rate = 0.0
+
+    def record(self, done: int, report: StepReport) -> None:
+        """After `done` steps: a line of JSON every `log.metrics` steps, and the live line."""
+        now = time.perf_counter()
+        last = done == self._steps
+        if done % self._log.metrics == 0 or last or report.layer_norms:
+            self._seconds += now - self._time
+            self._rate = (done - self._step) * self._batch / max(now - self._time, 1e-9)
+            self._step, self._time = done, now
+            self._write(done, self._values(report))
+        if self._terminal or now - self._shown > QUIET_SECONDS or last:
+            self._shown = now
+            self._show(self.line(done, report))
+
+    def leave_out(self, seconds: float) -> None:
+        """Count so many seconds (of pictures) neither as training time nor in the images a second."""
+        self._time += seconds
+
+    def _values(self, report: StepReport) -> dict[str, Any]:
+        values: dict[str, Any] = {
+            "terms": report.terms,
+            "total": report.total,
+            "gradient_norm": report.gradient_norm,
+            "rate": report.rate,
+            "seconds": self._seconds,
+            "images_per_second": self._rate,
+            "utilisation": self._speed.utilisation(self._rate),
+            "memory": peak_memory(self._device).peak,
+        }
+        if report.bits is not None:
+            values["bits"] = {
+                "low": report.bits.low,
+                "high": report.bits.high,
+                "dead": report.bits.dead,
+                "entropy": self._entropy(report),
+            }
+        if report.layer_norms:
+            values["layer_norms"] = report.layer_norms
+        return values
+
+    def _entropy(self, report: StepReport) -> float:
+        """Entropy of the mean soft code as a share of its L bits."""
+        return report.terms["codebook_entropy"] / math.log(2) / self._code_dim
+
+    def _write(self, done: int, values: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"step": done, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _flat(values):
+                self._board.add_scalar(f"stage{self._stage}/{name}", value, done)
+
+    def line(self, done: int, report: StepReport) -> str:
+        """The live line."""
+        terms = "  ".join(f"{name} {_short(report.terms[name])}" for name in _shown(report))
+        parts = [
+            f"stage {self._stage}  {done}/{self._steps}",
+            f"loss {_short(report.total)}",
+            terms,
+        ]
+        if report.bits is not None:
+            bits = report.bits
+            verdict = "" if bits.healthy else " (healthy 0.30-0.70)"
+            dead = f", {bits.dead:.0%} dead" if bits.dead else ""
+            parts.append(
+                f"bits {bits.low:.2f}-{bits.high:.2f}{verdict}{dead}, "
+                f"entropy {self._entropy(report):.0%}"
+            )
+        parts.append(
+            f"{self._rate:.0f} img/s  {self._speed.utilisation(self._rate):.0%} of peak  "
+            f"{peak_memory(self._device).peak / 2**30:.1f} GB"
+        )
+        return "  ".join([*parts, f"ETA {self._remaining(done)}"])
+
+    def _remaining(self, done: int) -> str:
+        start, began = self._begin
+        each = (time.perf_counter() - began) / max(done - start, 1)
+        return duration(each * (self._steps - done))
+
+    def _show(self, line: str) -> None:
+        if self._terminal:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            sys.stderr.write("\r" + line[: width - 1].ljust(width - 1))
+        else:
+            sys.stderr.write(line + "\n")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        if self._terminal and self._shown > -math.inf:
+            sys.stderr.write("\n")
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a stage's `metrics.jsonl`, a cut last one left out; [] where there is none."""
+    path = Path(folder) / METRICS
+    return list(_lines(path)) if path.is_file() else []
+
+
+def duration(seconds: float) -> str:
+    """3 h 05 min, 12 min 04 s, 9 s."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines beyond the step that a run resumes from: they will be written again."""
+    if not path.is_file():
+        return
+    kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(part, path)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:  # the line that a killed run was writing
+            return
+
+
+def _shown(report: StepReport) -> list[str]:
+    return [name for name in report.terms if not name.endswith("_entropy")]
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _flat(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{where}{name}/")
+        else:
+            yield f"{where}{name}", value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))

@@ -1,0 +1,234 @@
+"""What a stage will cost, said before it starts: parameters, images, steps, memory per device.
+
+Memory is an estimate. Weights, gradients and optimizer state are counted; activations are measured: what
+one image's forward on the CPU keeps for backward, in the precision of the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlip_core.architecture import PARTS, parameter_count
+from qlip_core.config import QLIPConfig
+from qlip_torch.model import QLIP, Block
+from qlip_torch.train.discriminator import Discriminator
+from qlip_torch.train.perceptual import Lpips
+from qlip_torch.train.precision import Precision
+from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage2Recipe
+from qlip_torch.train.stage1 import Stage1Network
+from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
+from qlip_torch.train.stage2 import Stage2Network
+from qlip_torch.train.throughput import forward_flops
+
+TRAINED = {1: PARTS, 2: ("down", "up", "decoder")}
+# The objectives' own workspace: chunks of half-group joints and of logits (qlip_torch.train.objectives).
+_LOGIT_ROWS = 2048
+_ENTROPY_BYTES = 100 * 2**20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cost of a stage on `devices` devices. Bytes are per device."""
+
+    stage: int
+    parameters: dict[str, int]
+    trained: int
+    discriminator: int
+    steps: int
+    batch: int
+    micro_batch: int
+    micro_batches: int
+    devices: int
+    meant_for: int
+    precision: str
+    state_bytes: int
+    activation_bytes: int
+    loss_bytes: int
+    flops: float
+    """Model FLOPs of one image's training step."""
+
+    @property
+    def images(self) -> int:
+        return self.steps * self.batch
+
+    @property
+    def bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes + self.loss_bytes
+
+    def lines(self) -> list[str]:
+        """The plan, to print."""
+        parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
+        passes = "no cache" if self.micro_batches == 1 else "features cached, two passes"
+        out = [
+            f"stage {self.stage}: {sum(self.parameters.values()) / 1e6:.1f} M parameters ({parts}), "
+            f"{self.trained / 1e6:.1f} M trained"
+            + (f", discriminator {self.discriminator / 1e6:.1f} M" if self.discriminator else ""),
+            f"  {self.steps:,} steps of {self.batch:,} images = {self.images:,} images, "
+            f"{self.images * self.flops:.2e} FLOPs",
+            f"  {self.devices} device(s), {self.micro_batches} x {self.micro_batch} images each a "
+            f"step ({passes}), {self.precision}",
+            f"  memory per device about {_size(self.bytes)}: weights, gradients and optimizer "
+            f"{_size(self.state_bytes)}, activations {_size(self.activation_bytes)}, "
+            f"losses {_size(self.loss_bytes)}",
+        ]
+        if self.devices != self.meant_for:
+            out.append(
+                f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
+                "the mathematics is the same, the time is not"
+            )
+        return out
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+
+
+def make_plan(
+    recipe: Recipe, config: QLIPConfig, stage: int, device: torch.device, devices: int
+) -> Plan:
+    """The plan of a stage. Takes a second for a small model, a minute for the largest."""
+    settings = recipe.stage1 if stage == 1 else recipe.stage2
+    micro_batches = settings.micro_batches(devices)
+    micro_batch = settings.batch // devices // micro_batches
+    counts = parameter_count(config)
+    present = {name: counts[name] for name in (PARTS if stage == 1 else STAGE2_PARTS)}
+    trained = sum(counts[name] for name in TRAINED[stage])
+    half = Precision.of(recipe.engine, device).half
+    extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
+    discriminator = sum(_count(module) for module in extra if isinstance(module, Discriminator))
+    state = _state_bytes(recipe, sum(present.values()), trained, bool(settings.ema), devices)
+    state += 16 * discriminator
+    state += sum(4 * _count(module) for module in extra if isinstance(module, Lpips))
+    image = activation_bytes(config, stage, half=half, extra=extra, engine=recipe.engine)
+    rows, patches = settings.batch // devices, config.num_patches
+    losses = 3 * 4 * rows * patches * config.code_dim + _ENTROPY_BYTES
+    if stage == 1:
+        losses += 3 * 4 * min(rows, _LOGIT_ROWS) * settings.batch
+    return Plan(
+        stage=stage,
+        parameters=present,
+        trained=trained,
+        discriminator=discriminator,
+        steps=settings.steps,
+        batch=settings.batch,
+        micro_batch=micro_batch,
+        micro_batches=micro_batches,
+        devices=devices,
+        meant_for=recipe.devices,
+        precision="bfloat16" if half else "float32",
+        state_bytes=state,
+        activation_bytes=image * micro_batch,
+        loss_bytes=losses,
+        flops=forward_flops(config).training(stage),
+    )
+
+
+def _state_bytes(recipe: Recipe, present: int, trained: int, ema: bool, devices: int) -> int:
+    """Float32 weights, and of the trained ones gradient, two moments and perhaps the average."""
+    total = 4 * (present + trained * (4 if ema else 3))
+    if recipe.engine.parallel == "fsdp":
+        total //= devices
+    if recipe.engine.cpu_offload:
+        total = 0
+    return total
+
+
+def _extra_networks(config: QLIPConfig, stage: Stage2Recipe) -> list[nn.Module]:
+    out: list[nn.Module] = []
+    if stage.lpips:
+        out.append(Lpips("for measuring"))
+    if stage.gan:
+        settings = stage.discriminator
+        out.append(Discriminator(config.image_size, settings.base_channels, settings.max_channels))
+    return out
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+# -- activations -------------------------------------------------------------------------------
+
+
+class _Kept:
+    """Bytes that autograd keeps, those inside a block apart."""
+
+    def __init__(self) -> None:
+        self.outside = 0
+        self.blocks: list[int] = []
+        self.inputs = 0
+        self._inside = False
+        self._seen: set[tuple[int, int]] = set()
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        key = (tensor.untyped_storage().data_ptr(), tensor.numel())
+        if key not in self._seen and not isinstance(tensor, nn.Parameter):
+            self._seen.add(key)
+            size = tensor.numel() * tensor.element_size()
+            if self._inside:
+                self.blocks[-1] += size
+            else:
+                self.outside += size
+        return tensor
+
+    @contextlib.contextmanager
+    def watching(self, blocks: list[Block]) -> Iterator[None]:
+        def enter(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            self._inside = torch.is_grad_enabled()
+            self.blocks.append(0)
+            self.inputs += inputs[0].numel() * inputs[0].element_size() * self._inside
+
+        def leave(block: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._inside = False
+
+        hooks = [b.register_forward_pre_hook(enter) for b in blocks]
+        hooks += [b.register_forward_hook(leave) for b in blocks]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def total(self, checkpointing: bool) -> int:
+        if checkpointing:
+            return self.outside + self.inputs + max(self.blocks, default=0)
+        return self.outside + sum(self.blocks)
+
+
+def activation_bytes(
+    config: QLIPConfig,
+    stage: int,
+    *,
+    half: bool,
+    extra: list[nn.Module],
+    engine: EngineRecipe,
+) -> int:
+    """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
+    model = QLIP(config, PARTS if stage == 1 else STAGE2_PARTS)
+    precision = Precision(half, torch.device("cpu"))
+    kept = []
+    for count in (1, 2):
+        found = _Kept()
+        pixels = torch.zeros(count, 3, config.image_size, config.image_size)
+        with found.watching(model.blocks()):
+            if stage == 1:
+                ids = torch.zeros(
+                    count, config.text_config.max_position_embeddings, dtype=torch.int64
+                )
+                outputs = Stage1Network(model, precision)(pixels, ids, True)
+            else:
+                network = Stage2Network(model, precision)
+                outputs = network(*network.encode(pixels), True)
+                made = outputs.pixels_hat.float()
+                for module in extra:
+                    with precision.autocast():
+                        module(made, pixels) if isinstance(module, Lpips) else module(made)
+        kept.append(found.total(engine.activation_checkpointing))
+        del outputs
+    return kept[1] - kept[0]

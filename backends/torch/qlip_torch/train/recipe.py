@@ -1,0 +1,541 @@
+"""A recipe: everything that decides a training run, as one tree of frozen dataclasses read from TOML.
+
+Strict: an unknown key is an error that names it and the nearest valid one, a value of the wrong type
+says what it should be. `--set a.b=c` changes one value. SPEC section 3 has the paper's numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import qlip_core
+from qlip_core.config import PRESETS, QLIPConfig
+from qlip_core.errors import ConfigError, DataError, RecipeError
+from qlip_torch.train.data import DataConfig
+
+# -- the model ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TowerRecipe:
+    """Sizes of a tower; what is left out is the preset's."""
+
+    width: int | None = None
+    intermediate: int | None = None
+    layers: int | None = None
+    heads: int | None = None
+
+
+@dataclass(frozen=True)
+class TextRecipe(TowerRecipe):
+    """Sizes of the text tower; `context` is its number of positions."""
+
+    context: int | None = None
+    vocabulary: int | None = None
+    """Size of the vocabulary: of the one trained here ("emoji"), else that of the files."""
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """The model: a preset of qlip_core.config, and what differs from it."""
+
+    preset: str = "qlip-b-16-256"
+    tokenizer: str = ""
+    """"emoji" (trained on the emoji set's captions), or a folder with vocab.json and merges.txt."""
+    image_size: int | None = None
+    patch_size: int | None = None
+    projection_dim: int | None = None
+    bits: int | None = None
+    group_size: int | None = None
+    inv_temperature: float | None = None
+    beta: float | None = None
+    gamma_0: float | None = None
+    gamma_1: float | None = None
+    encoder: TowerRecipe = field(default_factory=TowerRecipe)
+    decoder: TowerRecipe = field(default_factory=TowerRecipe)
+    text: TextRecipe = field(default_factory=TextRecipe)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise RecipeError(f"preset {self.preset!r}: there are {', '.join(PRESETS)}")
+        self.config()
+
+    def config(self, **special_ids: int) -> QLIPConfig:
+        """The published configuration; `special_ids` are pad_token_id, bos_token_id, eos_token_id.
+
+        Raises RecipeError for sizes that fit no model.
+        """
+        base = PRESETS[self.preset]
+        given = _given(vocab_size=self.text.vocabulary, max_position_embeddings=self.text.context)
+        vocabulary = self.text.vocabulary
+        if vocabulary is not None and not special_ids:
+            # Placeholders inside the vocabulary; a tokenizer brings its own.
+            special_ids = {f"{kind}_token_id": vocabulary - 1 for kind in ("pad", "bos", "eos")}
+        projection = _given(projection_dim=self.projection_dim)
+        images = _given(image_size=self.image_size, patch_size=self.patch_size)
+        quantizer = _given(
+            embed_dim=self.bits,
+            group_size=self.group_size,
+            inv_temperature=self.inv_temperature,
+            beta=self.beta,
+            gamma_0=self.gamma_0,
+            gamma_1=self.gamma_1,
+        )
+        vision, decoder, text = base.vision_config, base.decoder_config, base.text_config
+        try:
+            decoder = dataclasses.replace(
+                decoder, **_sizes(self.decoder), **images, **_post(self.decoder.width)
+            )
+            return dataclasses.replace(
+                base,
+                **projection,
+                decoder_config=decoder,
+                text_config=dataclasses.replace(
+                    text, **_sizes(self.text), **given, **special_ids, **projection
+                ),
+                vision_config=dataclasses.replace(
+                    vision,
+                    **_sizes(self.encoder),
+                    **images,
+                    **projection,
+                    hidden_size_post_q=decoder.hidden_size,
+                    quantizer_cfg=dataclasses.replace(vision.quantizer_cfg, **quantizer),
+                ),
+            )
+        except ConfigError as error:
+            raise RecipeError(str(error)) from None
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _sizes(tower: TowerRecipe) -> dict[str, Any]:
+    return _given(
+        hidden_size=tower.width,
+        intermediate_size=tower.intermediate,
+        num_hidden_layers=tower.layers,
+        num_attention_heads=tower.heads,
+    )
+
+
+def _post(width: int | None) -> dict[str, Any]:
+    return {} if width is None else {"hidden_size_post_q": width}
+
+
+@dataclass(frozen=True)
+class StartRecipe:
+    """Where the first weights come from; random where nothing is given (SPEC section 3)."""
+
+    checkpoint: str = ""
+    """A QLIP checkpoint to continue from: its weights, all of them."""
+    encoder: str = ""
+    """Safetensors of EVA-02 (timm's names) or EVA-CLIP (open_clip's names) for the encoder."""
+    text: str = ""
+    """Safetensors of EVA-CLIP (open_clip's names) for the text tower."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint and (self.encoder or self.text):
+            raise RecipeError(
+                "checkpoint and encoder/text exclude each other: give one or the other"
+            )
+
+
+# -- the stages --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RatesRecipe:
+    """Learning rates: of each tower, and of the rest (bottleneck, projections, logit scale)."""
+
+    rest: float = 5e-4
+    encoder: float = 2e-4
+    text: float = 2e-5
+    decoder: float = 2e-3
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "rest", "encoder", "text", "decoder")
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """What both stages have. `batch` is the global one; `micro_batch` what one forward takes."""
+
+    steps: int = 120_000
+    batch: int = 65_536
+    micro_batch: int = 512
+    warmup: int = 2_000
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 5.0
+    ema: float = 0.0
+    """Decay of the moving average of the weights that is exported instead of them; 0 is none."""
+    mse: float = 1.0
+    """a_r"""
+    bsq: float = 1.0
+    """a_q"""
+    commitment: float = 0.0
+    """a_z"""
+    learning_rate: RatesRecipe = field(default_factory=RatesRecipe)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "batch", "micro_batch")
+        _at_least(self, 0, "warmup", "weight_decay", "mse", "bsq", "commitment")
+        if self.clip <= 0:
+            raise RecipeError(f"clip (={self.clip}) must be positive")
+        if not 0 <= self.ema < 1:
+            raise RecipeError(f"ema (={self.ema}) is a decay: 0 (none) to below 1")
+        if self.batch % self.micro_batch and self.micro_batch < self.batch:
+            raise RecipeError(
+                f"micro_batch (={self.micro_batch}) must divide batch (={self.batch})"
+            )
+
+    def micro_batches(self, ranks: int) -> int:
+        """Forwards that one of `ranks` devices makes in a step. Raises RecipeError if uneven."""
+        if self.batch % ranks:
+            raise RecipeError(f"batch (={self.batch}) does not divide over {ranks} processes")
+        each = self.batch // ranks
+        micro = min(self.micro_batch, each)
+        if each % micro:
+            raise RecipeError(
+                f"micro_batch (={self.micro_batch}) must divide a process' share of the batch "
+                f"({self.batch} / {ranks} = {each})"
+            )
+        return each // micro
+
+
+@dataclass(frozen=True)
+class Stage1Recipe(StageRecipe):
+    """Reconstruction and alignment together, LAMB (SPEC section 3)."""
+
+    mse: float = 1e3
+    align: float = 1.0
+    """a_a"""
+    commitment: float = 1.0
+    max_logit_scale: float = 100.0
+    """The largest exp(logit_scale)."""
+    optimizer: Literal["lamb", "adamw"] = "lamb"
+    """LAMB is the paper's, for batches of tens of thousands; AdamW learns faster from small ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "align")
+        _at_least(self, 1, "max_logit_scale")
+
+
+@dataclass(frozen=True)
+class DiscriminatorRecipe:
+    """The discriminator of stage 2: StyleGAN's, non-saturating, lazy R1 (SPEC section 3)."""
+
+    learning_rate: float = 1e-4
+    base_channels: int = 32768
+    max_channels: int = 512
+    r1_weight: float = 10.0
+    r1_every: int = 16
+    start: int = 0
+    """Step from which the generator hears it; it trains from the first."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "learning_rate", "r1_weight", "start")
+        _at_least(self, 1, "r1_every", "base_channels", "max_channels")
+
+
+@dataclass(frozen=True)
+class Stage2Recipe(StageRecipe):
+    """Bottleneck and decoder alone, with perceptual and adversarial losses, AdamW."""
+
+    batch: int = 16_384
+    micro_batch: int = 128
+    clip: float = 1.0
+    lpips: float = 0.1
+    """a_p"""
+    perceptual: str = ""
+    """Weights of LPIPS: a file, folder or hub id, or "random" (not LPIPS: for machines without)."""
+    gan: float = 0.1
+    """a_g"""
+    start: str = ""
+    """Stage-1 result: a run folder or a checkpoint; by default this run's own."""
+    discriminator: DiscriminatorRecipe = field(default_factory=DiscriminatorRecipe)
+    learning_rate: RatesRecipe = field(
+        default_factory=lambda: RatesRecipe(rest=5e-4, encoder=0.0, text=0.0, decoder=1e-4)
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 0, "lpips", "gan")
+        if self.lpips and not self.perceptual:
+            raise RecipeError(
+                "lpips is not 0 and perceptual names no weights: give a safetensors file, "
+                'perceptual = "random" for a stand-in, or lpips = 0'
+            )
+        if self.learning_rate.encoder or self.learning_rate.text:
+            raise RecipeError(
+                "learning_rate.encoder and .text must be 0: stage 2 keeps both towers as they are"
+            )
+
+
+# -- the rest ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EngineRecipe:
+    """How the arithmetic is run: it may change speed, memory and rounding, not the mathematics."""
+
+    device: str = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """bfloat16 is autocast: weights, quantizer, norms and losses stay float32. auto: on CUDA."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    cpu_offload: bool = False
+    compile: bool = False
+    activation_checkpointing: bool = False
+    tf32: bool = False
+
+    def __post_init__(self) -> None:
+        if self.cpu_offload and self.parallel != "fsdp":
+            raise RecipeError('cpu_offload needs parallel = "fsdp"')
+
+
+@dataclass(frozen=True)
+class LogRecipe:
+    """How often what is shown, in steps; 0 is never."""
+
+    metrics: int = 10
+    gradients: int = 100
+    pictures: int = 500
+    picture_count: int = 8
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "gradients", "pictures")
+        _at_least(self, 1, "metrics", "picture_count")
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    every: int = 1000
+    keep: int = 2
+    background: bool = True
+    """Write while training goes on."""
+    grace_seconds: float = 20.0
+    """After SIGTERM: how long a checkpoint may take before the process ends without it."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "every", "keep", "grace_seconds")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    name: str = ""
+    description: str = ""
+    devices: int = 1
+    """Number of devices the sizes are meant for."""
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    start: StartRecipe = field(default_factory=StartRecipe)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage1: Stage1Recipe = field(default_factory=Stage1Recipe)
+    stage2: Stage2Recipe = field(default_factory=Stage2Recipe)
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "devices")
+        _at_least(self, 0, "seed")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Raises RecipeError for an unknown key (naming the nearest) or an impossible value."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Recipe:
+        path = Path(path)
+        try:
+            values = _load_toml(path)
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"{path}: not a readable TOML file ({error})") from None
+        try:
+            return cls.from_dict(values)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from None
+
+    @classmethod
+    def load(cls, name: str | Path = "emoji", changes: Iterable[str] = ()) -> Recipe:
+        """A shipped recipe by its name or any by its path, with `changes` ("a.b=c") applied."""
+        return cls.from_file(find_recipe(name)).changed(changes)
+
+    def changed(self, changes: Iterable[str]) -> Recipe:
+        """A copy with "a.b=value" applied, the value in TOML or, where it is a word, as it stands."""
+        values = self.to_dict()
+        for change in changes:
+            key, equals, text = change.partition("=")
+            if not equals or not key.strip():
+                raise RecipeError(f"{change!r}: expected key=value, such as stage1.steps=100")
+            table, *rest = key.strip().split(".")
+            at = values
+            for part in rest:
+                at = at.setdefault(table, {})
+                if not isinstance(at, dict):
+                    raise RecipeError(f"{key.strip()}: {table} is a value, not a table")
+                table = part
+            at[table] = _value(text.strip())
+        return self.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, defaults included; what is None is left out (TOML has no such value)."""
+        return _plain(self)
+
+    def to_toml(self) -> str:
+        return "\n".join(_toml_lines(self.to_dict(), "")).strip() + "\n"
+
+
+# -- finding and reading -----------------------------------------------------------------------
+
+
+def recipe_folders() -> list[Path]:
+    """Where the shipped recipes are: inside the package, or beside it in a source tree."""
+    package = Path(qlip_core.__file__).parent
+    return [package / "recipes", package.parent / "recipes"]
+
+
+def recipe_names() -> list[str]:
+    return sorted({path.stem for folder in recipe_folders() for path in folder.glob("*.toml")})
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The file of a shipped recipe's name, or of a path. Raises RecipeError, listing what there is."""
+    if Path(name).is_file():
+        return Path(name)
+    for folder in recipe_folders():
+        path = folder / f"{name}.toml"
+        if path.is_file():
+            return path
+    near = difflib.get_close_matches(str(name), recipe_names(), n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    raise RecipeError(
+        f"no recipe {str(name)!r}: a path, or one of {', '.join(recipe_names())}{hint}"
+    )
+
+
+def _load_toml(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return _tomllib().load(file)
+
+
+def _value(text: str) -> Any:
+    try:
+        return _tomllib().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _tomllib() -> Any:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        except ImportError:
+            raise RecipeError(
+                "reading recipes on Python 3.10 needs tomli: pip install 'qlip[train]'"
+            ) from None
+    return tomllib
+
+
+# -- strict building ---------------------------------------------------------------------------
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    known = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            hint = f'; did you mean "{where}{near[0]}"?' if near else ""
+            raise RecipeError(f'unknown key "{where}{key}" in the recipe{hint}')
+        known[key] = _typed(hints[key], value, f"{where}{key}")
+    try:
+        return cls(**known)
+    except (RecipeError, DataError) as error:
+        text = str(error).removeprefix(where)
+        raise RecipeError(f"{where}{text}") from None
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        inner = [each for each in arguments if each is not type(None)]
+        return None if value is None else _typed(inner[0], value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(
+                f"{name} is {value!r}, expected one of {', '.join(map(str, arguments))}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{name} must be a list, got {value!r}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise RecipeError(f"{name} must have {len(kinds)} values, got {value!r}")
+        return tuple(_typed(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{name} must be a table, got {value!r}")
+        return _build(typing.cast(type, kind), value, f"{name}.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = {
+        int: number and float(value).is_integer(),
+        float: number and math.isfinite(value),
+        bool: isinstance(value, bool),
+        str: isinstance(value, str),
+    }[kind]
+    if not good:
+        raise RecipeError(f"{name} must be a {kind.__name__}, got {value!r}")
+    return kind(value)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: _plain(each) for name, each in pairs if each is not None}
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return value
+
+
+def _toml_lines(values: Mapping[str, Any], where: str) -> list[str]:
+    lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            lines += ["", f"[{where}{key}]", *_toml_lines(value, f"{where}{key}.")]
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(each) for each in value)}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {_toml_value(v)}' for k, v in value.items())} }}"
+    if isinstance(value, str):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _at_least(recipe: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(recipe, name)
+        if not value >= least:
+            raise RecipeError(f"{name} (={value}) must be at least {least}")

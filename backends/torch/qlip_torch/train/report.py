@@ -1,0 +1,94 @@
+"""`report.md`: what a run was and what came out, with its curves and pictures."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from qlip_torch.train.checkpoints import latest_checkpoint, read_state
+from qlip_torch.train.metrics import duration, read_metrics
+from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.validation import Validation
+
+REPORT = "report.md"
+
+
+def write_report(
+    out: Path,
+    recipe: Recipe,
+    device: torch.device,
+    ranks: int,
+    validations: dict[int, Validation],
+) -> Path:
+    """Write `out`/report.md from the run folder and what was measured of each stage's model."""
+    lines = [
+        f"# {recipe.name or 'Training run'}",
+        "",
+        recipe.description,
+        "",
+        f"Recipe: [recipe.toml](recipe.toml), seed {recipe.seed}. Hardware: {ranks} x "
+        f"{_hardware(device)}. PyTorch {torch.__version__}, Python {platform.python_version()}.",
+    ]
+    for number in (1, 2):
+        folder = out / f"stage{number}"
+        if latest_checkpoint(folder / "checkpoints") is not None:
+            lines += ["", *_stage(number, folder, validations.get(number))]
+    path = out / REPORT
+    part = path.with_name(f".{REPORT}.part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(part, path)
+    return path
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def _stage(number: int, folder: Path, validation: Validation | None) -> list[str]:
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    step = read_state(checkpoint)["step"]
+    metrics = read_metrics(folder)
+    lines = [f"## Stage {number}", ""]
+    if metrics:
+        last = metrics[-1]
+        rates = sorted(line["images_per_second"] for line in metrics)
+        shares = sorted(line["utilisation"] for line in metrics)
+        lines += [
+            f"{step:,} steps in {duration(last['seconds'])}, median "
+            f"{rates[len(rates) // 2]:.1f} images/s ({shares[len(shares) // 2]:.0%} of the measured "
+            f"matrix rate), peak memory {last['memory'] / 2**30:.2f} GB.",
+            "",
+            "| loss | first | last |",
+            "|---|---|---|",
+            *(
+                f"| {name} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
+                for name, value in last["terms"].items()
+            ),
+        ]
+        if "bits" in last:
+            bits = last["bits"]
+            lines += [
+                "",
+                f"Bits: each is 1 in {bits['low']:.0%} to {bits['high']:.0%} of the tokens (healthy: 30 "
+                f"to 70 %), {bits['dead']:.0%} dead, entropy of the mean soft code "
+                f"{bits['entropy']:.0%} of its bits.",
+            ]
+    if validation is not None:
+        lines += ["", *(f"- {line}" for line in validation.lines())]
+    if (folder / "curves.png").is_file():
+        lines += ["", f"![curves](stage{number}/curves.png)"]
+    pictures = sorted((folder / "pictures").glob("*.png"))
+    if pictures:
+        lines += [
+            "",
+            "Fixed pictures above, their reconstructions below:",
+            "",
+            f"![reconstructions](stage{number}/pictures/{pictures[-1].name})",
+        ]
+    return lines

@@ -1,0 +1,336 @@
+"""A whole run: stages one after the other in a folder that says everything about it.
+
+OUT/recipe.toml          the recipe as it is run
+OUT/tokenizer/           where the recipe trains one
+OUT/stage1/, OUT/stage2/ metrics.jsonl, curves.png, pictures/, checkpoints/, model/
+OUT/stage2/start/        stage 1's result that stage 2 began from
+OUT/report.md            what came out
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlip_core.architecture import PARTS
+from qlip_core.checkpoint import open_checkpoint, save_checkpoint
+from qlip_core.config import QLIPConfig
+from qlip_core.errors import RecipeError
+from qlip_torch.model import QLIP
+from qlip_torch.train.assemble import (
+    STAGE_MODEL,
+    Start,
+    first_start,
+    fixed_pixels,
+    stage1_result,
+    stage_loader,
+    start_from,
+    write_tokenizer,
+)
+from qlip_torch.train.checkpoints import Checkpoints
+from qlip_torch.train.data import merge_states
+from qlip_torch.train.distributed import StopRequest, World, joined
+from qlip_torch.train.export import export_stage
+from qlip_torch.train.figures import save_comparison, save_curves
+from qlip_torch.train.loop import Parts, train_stage
+from qlip_torch.train.metrics import Metrics, Speed, read_metrics
+from qlip_torch.train.plan import Plan, make_plan
+from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.report import write_report
+from qlip_torch.train.stage import Stage
+from qlip_torch.train.stage1 import build_stage1
+from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
+from qlip_torch.train.stage2 import build_stage2
+from qlip_torch.train.validation import validate_emoji
+
+RECIPE, TOKENIZER = "recipe.toml", "tokenizer"
+# What may change between a run and its continuation: nothing that the losses depend on.
+_MAY_CHANGE = {"name", "description", "devices", "log", "checkpoints", "engine"}
+_MAY_CHANGE_IN_DATA = {"workers", "prefetch"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind."""
+
+    out: Path
+    models: dict[int, Path]
+    """The exported model of each stage that has been run to its end; empty after a dry run."""
+    report: Path | None
+    plans: list[Plan]
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def train(
+    recipe: Recipe | None,
+    *,
+    stage: str = "all",
+    out: str | Path,
+    resume: bool = False,
+    steps: int | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = _to_stderr,
+) -> Result:
+    """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
+
+    stage: "1", "2" or "all". resume: go on from the newest checkpoint in `out` (from the beginning
+    where there is none yet); the recipe may then be None, for the one in `out`. steps: replaces the
+    number of steps of each stage that is run. dry_run: make the plan and build everything, without a
+    step and without touching `out`. say: takes the plan and what was found, a line at a time, on the
+    first rank.
+
+    Raises RecipeError for what cannot be run, NonFiniteError when a loss stops being finite,
+    Interrupted (with an `exit_code`) after SIGTERM or Ctrl-C, PeerError when another process died.
+    """
+    out = Path(out)
+    recipe = _settled(recipe, stage, out, resume, steps)
+    stages = {"1": (1,), "2": (2,), "all": (1, 2)}[stage]
+    with joined(recipe.engine) as world, StopRequest(recipe.checkpoints.grace_seconds) as stop:
+        if dry_run:
+            return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
+        _prepare(recipe, out, world)
+        run = _Run(recipe, out, world, stop, say)
+        models = {number: run.stage(number) for number in stages}
+        report = run.report(models)
+    return Result(out, models, report, run.plans)
+
+
+def _dry_run(
+    recipe: Recipe,
+    stages: tuple[int, ...],
+    world: World,
+    stop: StopRequest,
+    say: Callable[[str], None],
+) -> list[Plan]:
+    """Build everything that a run would, in a temporary folder, without a step."""
+    with tempfile.TemporaryDirectory(prefix="qlip-dry-run-") as folder:
+        write_tokenizer(recipe, Path(folder) / TOKENIZER)
+        run = _Run(recipe, Path(folder), world, stop, say)
+        for number in stages:
+            run.dry_stage(number)
+    return run.plans
+
+
+def _settled(
+    recipe: Recipe | None, stage: str, out: Path, resume: bool, steps: int | None
+) -> Recipe:
+    if stage not in ("1", "2", "all"):
+        raise RecipeError(f'stage {stage!r}: expected "1", "2" or "all"')
+    kept = out / RECIPE
+    if recipe is None:
+        if not kept.is_file():
+            raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
+        recipe = Recipe.from_file(kept)
+    if steps is not None:
+        changes = [
+            f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
+        ]
+        recipe = recipe.changed(changes)
+    if kept.is_file():
+        if not resume:
+            raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
+        if changed := _difference(Recipe.from_file(kept).to_dict(), recipe.to_dict()):
+            raise RecipeError(
+                f"{out}: was begun with another recipe ({changed}); resume it with its own, "
+                "or start anew elsewhere (start.checkpoint continues from weights alone)"
+            )
+    return recipe
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:
+    for key in sorted(old.keys() | new.keys()):
+        if (where == "" and key in _MAY_CHANGE) or (
+            where == "data." and key in _MAY_CHANGE_IN_DATA
+        ):
+            continue
+        ours, theirs = old.get(key), new.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            if inner := _difference(ours, theirs, f"{where}{key}."):
+                return inner
+        elif ours != theirs:
+            return f"{where}{key} was {ours!r}, now {theirs!r}"
+    return ""
+
+
+def _prepare(recipe: Recipe, out: Path, world: World) -> None:
+    if world.is_first:
+        out.mkdir(parents=True, exist_ok=True)
+        if not (out / TOKENIZER).is_dir():
+            write_tokenizer(recipe, out / TOKENIZER)
+        # Last: a folder without it is no run yet.
+        (out / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+    world.barrier()
+
+
+class _Run:
+    """The stages of one run on this rank."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        world: World,
+        stop: StopRequest,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.out, self.world, self.stop, self._say = recipe, out, world, stop, say
+        self.plans: list[Plan] = []
+        torch.manual_seed(recipe.seed)
+        torch.set_float32_matmul_precision("high" if recipe.engine.tf32 else "highest")
+
+    def stage(self, number: int) -> Path:
+        """Run a stage to its end, from its newest checkpoint if there is one; its exported model."""
+        folder = self.out / f"stage{number}"
+        model = folder / STAGE_MODEL
+        if (model / "config.json").is_file():
+            return model
+        start = self._start(number, folder)
+        self._plan(number, start)
+        stage = self._build(number, start)
+        checkpoints = Checkpoints(
+            folder / "checkpoints",
+            keep=self.recipe.checkpoints.keep,
+            background=self.recipe.checkpoints.background,
+            world=self.world,
+        )
+        done, data = 0, None
+        if (latest := checkpoints.latest()) is not None:
+            resumed = checkpoints.load(latest, stage.tensors())
+            stage.restore_numbers(resumed.state["numbers"])
+            done = resumed.state["step"]
+            data = merge_states([rank["data"] for rank in resumed.ranks])
+        until = stage.recipe.steps
+        if done < until:
+            self._train(stage, start, folder, checkpoints, done, until, data)
+        checkpoints.close()
+        if self.world.is_first:
+            export_stage(folder, model)
+        self.world.barrier()
+        return model
+
+    def dry_stage(self, number: int) -> None:
+        """The plan of a stage, and everything built: weights, engine, optimizer, the first batch."""
+        if number == 2 and (origin := self.recipe.stage2.start):
+            start = start_from(open_checkpoint(stage1_result(origin)), origin)
+        else:
+            start = first_start(self.recipe, self.out / TOKENIZER)
+        self._plan(number, start)
+        stage = self._build(number, start)
+        with stage_loader(self.recipe, stage.recipe, start, self.world, None) as loader:
+            next(loader)
+
+    def report(self, models: dict[int, Path]) -> Path | None:
+        """Look at the models and write report.md; on the first rank."""
+        if not self.world.is_first:
+            return None
+        found = {}
+        if any(source.location.startswith("emoji") for source in self.recipe.data.sources):
+            for number, model in models.items():
+                found[number] = validate_emoji(model, self.world.device)
+                self.say(f"stage {number}:", *(f"  {line}" for line in found[number].lines()))
+        return write_report(self.out, self.recipe, self.world.device, self.world.size, found)
+
+    def say(self, *lines: str) -> None:
+        if self.world.is_first:
+            for line in lines:
+                self._say(line)
+
+    def _plan(self, number: int, start: Start) -> None:
+        # Every rank: a recipe that does not divide over them is an error on each.
+        if not self.world.is_first:
+            (self.recipe.stage1 if number == 1 else self.recipe.stage2).micro_batches(
+                self.world.size
+            )
+            return
+        plan = make_plan(self.recipe, start.config, number, self.world.device, self.world.size)
+        self.plans.append(plan)
+        self.say(*plan.lines(), *(f"  weights: {line}" for line in start.origin))
+
+    def _train(
+        self,
+        stage: Stage,
+        start: Start,
+        folder: Path,
+        checkpoints: Checkpoints,
+        done: int,
+        until: int,
+        data: dict[str, Any] | None,
+    ) -> None:
+        metrics = self._metrics(stage, start.config, folder, done) if self.world.is_first else None
+        show = self._pictures(stage, start, folder)
+        try:
+            with stage_loader(self.recipe, stage.recipe, start, self.world, data) as loader:
+                parts = Parts(
+                    self.recipe,
+                    start.config,
+                    start.tokenizer_folder,
+                    stage,
+                    loader,
+                    checkpoints,
+                    self.stop,
+                    metrics,
+                    show,
+                )
+                train_stage(parts, done, until)
+        finally:
+            checkpoints.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _start(self, number: int, folder: Path) -> Start:
+        if number == 1:
+            return first_start(self.recipe, self.out / TOKENIZER)
+        kept = folder / "start"
+        if self.world.is_first and not (kept / "config.json").is_file():
+            origin = self.recipe.stage2.start or str(self.out)
+            source = open_checkpoint(stage1_result(origin))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_checkpoint(kept, source.config, source.tensors(), tokenizer_from=source.folder)
+        self.world.barrier()
+        return start_from(open_checkpoint(kept), self.recipe.stage2.start or "stage 1 of this run")
+
+    def _build(self, number: int, start: Start) -> Stage:
+        recipe, world = self.recipe, self.world
+        model = QLIP(start.config, PARTS if number == 1 else STAGE2_PARTS)
+        model.init_from(start.weights)
+        model.to(world.device)
+        if number == 1:
+            return build_stage1(model, recipe.stage1, recipe.engine, world)
+        return build_stage2(model, recipe.stage2, recipe.engine, world, recipe.seed)
+
+    def _metrics(self, stage: Stage, config: QLIPConfig, folder: Path, done: int) -> Metrics:
+        speed = Speed.measure(
+            config, stage.number, self.world.device, stage.precision.dtype, self.world.size
+        )
+        return Metrics(
+            folder,
+            self.recipe.log,
+            stage=stage.number,
+            steps=stage.recipe.steps,
+            start=done,
+            batch=stage.recipe.batch,
+            code_dim=config.code_dim,
+            speed=speed,
+            device=self.world.device,
+        )
+
+    def _pictures(self, stage: Stage, start: Start, folder: Path) -> Callable[[int], None]:
+        pixels = fixed_pixels(self.recipe.data, start, self.recipe.log.picture_count)
+
+        def show(done: int) -> None:
+            reconstruction = stage.reconstruct(pixels)
+            if self.world.is_first:
+                path = folder / "pictures" / f"step-{done:08d}.png"
+                save_comparison(path, pixels, reconstruction)
+                save_curves(folder / "curves.png", read_metrics(folder))
+
+        return show

@@ -1,0 +1,274 @@
+"""One step of training, the same for both stages, and everything that a stage remembers between steps.
+
+A step: backward over the micro-batches, one look at all terms (the only wait for the device), then
+the optimizer. A term that is not finite stops the run before it reaches the weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qlip_torch.model import MLP, QLIP, Block, SwiGLU
+from qlip_torch.train.accumulate import Terms
+from qlip_torch.train.distributed import World, clip_gradients
+from qlip_torch.train.ema import Ema
+from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, set_rates
+from qlip_torch.train.pictures import Batch
+from qlip_torch.train.precision import Precision
+from qlip_torch.train.recipe import StageRecipe
+
+# A bit that is nearly always the same carries nothing.
+DEAD = 0.01
+
+
+@dataclass(frozen=True)
+class Backward:
+    """What a backward over the micro-batches found: terms, and the latents u [B, N, L] of this rank."""
+
+    terms: Terms
+    u: Tensor
+
+
+@dataclass(frozen=True)
+class Bits:
+    """How the code is used: shares of ones over a batch. Healthy: 0.3 to 0.7 each, none dead."""
+
+    usage: tuple[float, ...]
+
+    @property
+    def low(self) -> float:
+        return min(self.usage)
+
+    @property
+    def high(self) -> float:
+        return max(self.usage)
+
+    @property
+    def dead(self) -> float:
+        """Share of bits that are nearly always the same."""
+        return sum(not DEAD <= share <= 1 - DEAD for share in self.usage) / len(self.usage)
+
+    @property
+    def healthy(self) -> bool:
+        return self.low >= 0.3 and self.high <= 0.7
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step found, as numbers, the same on every rank."""
+
+    terms: dict[str, float]
+    total: float
+    gradient_norm: float
+    rate: float
+    """Factor of the schedule."""
+    bits: Bits | None
+    layer_norms: dict[str, float] = field(default_factory=dict)
+    """Gradient norm of each weighted loss at the last shared layer; empty where not asked for."""
+
+
+class Probing(Protocol):
+    def __call__(
+        self, batches: Sequence[Batch], step: int, probe: LayerProbe | None
+    ) -> Backward: ...
+
+
+class Companion(Protocol):
+    """What trains beside the model: stage 2's discriminator."""
+
+    module: nn.Module
+    optimizer: Optimizer
+
+    def step(self) -> None: ...
+
+
+@dataclass
+class Stage:
+    """A stage as the loop steps it. `backward` is the stage's own; the rest is common."""
+
+    number: int
+    model: QLIP
+    recipe: StageRecipe
+    world: World
+    optimizer: Optimizer
+    weights: dict[str, float]
+    shared_layer: nn.Linear
+    precision: Precision
+    backward: Probing
+    after: Callable[[int], None]
+    reconstruct: Callable[[Tensor], Tensor]
+    """Pixels [B, 3, S, S] to their reconstruction; every rank calls it."""
+    companion: Companion | None = None
+    ema: Ema | None = None
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        _fill_state(self.optimizer)
+        if self.companion is not None:
+            _fill_state(self.companion.optimizer)
+        if self.recipe.ema:
+            self.ema = Ema(self.model, self.recipe.ema)
+
+    def step(self, batches: Sequence[Batch], step: int, *, probe: bool = False) -> StepReport:
+        """One update of the weights on this rank's micro-batches.
+
+        Raises NonFiniteError, naming the term, before the weights are touched.
+        """
+        rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
+        set_rates(self.optimizer, rate)
+        layer = LayerProbe(self.shared_layer) if probe else None
+        try:
+            found = self.backward(batches, step, layer)
+        finally:
+            if layer is not None:
+                layer.close()
+        terms, bits = self._look(found, step)
+        norm = clip_gradients(self.parameters, self.recipe.clip, self.world)
+        # Its own look: NaN hides in gradients also where every term is finite.
+        gradient_norm = float(norm.item())
+        if not math.isfinite(gradient_norm):
+            raise NonFiniteError(["gradient norm"], step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.companion is not None:
+            self.companion.step()
+        self.after(step)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return StepReport(
+            terms=terms,
+            total=sum(weight * terms[name] for name, weight in self.weights.items()),
+            gradient_norm=gradient_norm,
+            rate=rate,
+            bits=bits,
+            layer_norms=layer.norms(self.weights, self.world) if layer is not None else {},
+        )
+
+    def _look(self, found: Backward, step: int) -> tuple[dict[str, float], Bits | None]:
+        names = list(found.terms)
+        values = [found.terms[name].float().reshape(1) for name in names]
+        if self.model.config.quantizes:
+            values.append((found.u > 0).float().mean((0, 1)))
+        numbers = self.world.mean(torch.cat(values)).tolist()
+        terms = dict(zip(names, numbers))
+        wrong = [name for name, value in terms.items() if not math.isfinite(value)]
+        if wrong:
+            raise NonFiniteError(wrong, step)
+        usage = numbers[len(names) :]
+        return terms, Bits(tuple(usage)) if usage else None
+
+    # -- what is remembered ----------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
+        out = _module_tensors("model", self.model, trained_only=True)
+        out |= _optimizer_tensors("optimizer", self.model, self.optimizer)
+        if self.ema is not None:
+            out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
+        if self.companion is not None:
+            module = self.companion.module
+            out |= _module_tensors("discriminator", module, trained_only=False)
+            out |= _optimizer_tensors("discriminator_optimizer", module, self.companion.optimizer)
+        return out
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of it, as JSON types."""
+        return {"ema_updates": self.ema.updates if self.ema is not None else 0}
+
+    def restore_numbers(self, numbers: dict[str, Any]) -> None:
+        if self.ema is not None:
+            self.ema.updates = int(numbers["ema_updates"])
+
+
+def last_shared_layer(model: QLIP) -> nn.Linear:
+    """The linear that ends the encoder's last MLP: w3, or fc2 (paper section 4)."""
+    block = model.vision_model.encoder.layers[-1]
+    assert isinstance(block, Block)
+    mlp = block.mlp
+    if isinstance(mlp, SwiGLU):
+        return mlp.w3
+    assert isinstance(mlp, MLP)
+    return mlp.fc2
+
+
+class LayerProbe:
+    """The gradient of each loss at a linear layer's weight, over all micro-batches and ranks.
+
+    Taken from the layer's input x and output y (`dL/dW = sum (dL/dy)^T x`), so that it needs no
+    gradient of the parameter, which an engine may have sharded.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._listening = False
+        self._seen: tuple[Tensor, Tensor] | None = None
+        self._hook = layer.register_forward_hook(self._note)
+
+    def close(self) -> None:
+        self._hook.remove()
+
+    def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # Activation checkpointing runs the layer again in backward; the graph has the first one.
+        if self._listening and output.requires_grad:
+            self._seen = (inputs[0].detach(), output)
+            self._listening = False
+
+    def listen(self) -> None:
+        """Before a forward with gradients."""
+        self._listening = True
+
+    def watch(self, pieces: Terms) -> None:
+        """After it, with what will be backwarded; leaves the graph whole."""
+        if self._seen is None:
+            return
+        x, y = self._seen
+        self._seen = None
+        for name, piece in pieces.items():
+            slope = None
+            if piece.requires_grad:
+                (slope,) = torch.autograd.grad(piece, y, retain_graph=True, allow_unused=True)
+            if slope is None:
+                slope = torch.zeros_like(y)
+            gradient = slope.float().flatten(0, -2).T @ x.float().flatten(0, -2)
+            self._sums[name] = self._sums.get(name, 0) + gradient
+
+    def norms(self, weights: dict[str, float], world: World) -> dict[str, float]:
+        """Norm of each loss's gradient, times the loss's weight."""
+        return {
+            name: weights[name] * float(world.mean(gradient).norm().item())
+            for name, gradient in self._sums.items()
+        }
+
+
+def _fill_state(optimizer: Optimizer) -> None:
+    """The state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+
+
+def _module_tensors(prefix: str, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+    return {
+        f"{prefix}.{name}": p.detach()
+        for name, p in module.named_parameters()
+        if p.requires_grad or not trained_only
+    }
+
+
+def _optimizer_tensors(prefix: str, module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    out = {}
+    for name, p in module.named_parameters():
+        for key, value in optimizer.state.get(p, {}).items():
+            out[f"{prefix}.{name}.{key}"] = value
+    return out

@@ -1,0 +1,186 @@
+"""Stage 1: all towers learn to reconstruct and to agree with text (SPEC section 3).
+
+Minimises `a_r L_mse + a_q L_bsq + a_a L_align + a_z L_commitment`. Alignment and the codebook entropy
+are of the global batch, over micro-batches and ranks. Legend: B images, N patches, L bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qlip_torch.model import QLIP
+from qlip_torch.train import objectives
+from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
+from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
+from qlip_torch.train.optimizers import Lamb, parameter_groups
+from qlip_torch.train.pictures import Batch
+from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
+from qlip_torch.train.stage import Backward, LayerProbe, Stage, last_shared_layer
+
+SCALE = "model.logit_scale"
+
+
+class Forward(NamedTuple):
+    image: Tensor
+    """Unit embeddings [B, P]."""
+    text: Tensor
+    """Unit embeddings [B, P]."""
+    u: Tensor
+    """Unit latents [B, N, L], before the sign."""
+    mse: Tensor
+    commitment: Tensor
+
+
+class Stage1Network(nn.Module):
+    """The model as one forward of this stage, for an engine to wrap."""
+
+    def __init__(self, model: QLIP, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, pixels: Tensor, ids: Tensor, reconstruct: bool) -> Forward:
+        """Pixels [B, 3, S, S] and ids [B, T]; without `reconstruct` the two means are 0."""
+        model, device = self.model, self.precision.device
+        pixels, ids = pixels.to(device), ids.to(device)
+        with self.precision.autocast():
+            cls, z = model.encode(pixels)
+            image, text = model.embed_image(cls), model.embed_text(ids)
+            with exactly(device):
+                u = model.bottleneck_down(lifted(z))
+                image = F.normalize(lifted(image), dim=-1)
+                text = F.normalize(lifted(text), dim=-1)
+            if not reconstruct:
+                nothing = u.new_zeros(())
+                return Forward(image, text, u, nothing, nothing)
+            z_hat = model.bottleneck_up(model.quantize(u))
+            pixels_hat = model.decode(z_hat)
+            # A decoder of another width has no z of its own to be compared with.
+            commitment = (
+                objectives.commitment(z, z_hat) if z_hat.shape == z.shape else u.new_zeros(())
+            )
+            return Forward(image, text, u, objectives.mse(pixels_hat, pixels), commitment)
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] to what the decoder makes of their code."""
+        return reconstruct(self.model, pixels, self.precision)
+
+
+class Stage1Losses:
+    """The losses of stage 1, taken apart for accumulation (qlip_torch.train.accumulate)."""
+
+    def __init__(self, network: nn.Module, model: QLIP, recipe: Stage1Recipe, world: World) -> None:
+        self.network, self.model, self.world = network, model, world
+        self.weights = {
+            "align": recipe.align,
+            "bsq": recipe.bsq,
+            "mse": recipe.mse,
+            "commitment": recipe.commitment,
+        }
+        if not model.config.quantizes:
+            del self.weights["bsq"]
+
+    def features(self, inputs: Batch) -> Features:
+        return self.network(inputs.pixels, inputs.ids, False)[:3]
+
+    def forward(self, inputs: Batch) -> tuple[Features, Terms]:
+        out = self.network(inputs.pixels, inputs.ids, True)
+        return tuple(out[:3]), {"mse": out[3], "commitment": out[4]}
+
+    def of_features(self, features: Features) -> Terms:
+        image, text, u = features
+        group = self.world.joins_autograd
+        scale = self.model.logit_scale
+        terms = {"align": objectives.info_nce(image, text, scale, group)}
+        return terms | objectives_of_code(self.model, u, self.world)
+
+    def parameters_of_features(self) -> Sequence[nn.Parameter]:
+        return [self.model.logit_scale]
+
+
+def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
+    """BSQ's terms of all latents u [B, N, L] of the global batch; none without a quantizer."""
+    if not model.config.quantizes:
+        return {}
+    quantizer = model.config.vision_config.quantizer_cfg
+    found = objectives.bsq_entropy(
+        u,
+        quantizer.group_size,
+        quantizer.inv_temperature,
+        quantizer.gamma_0,
+        quantizer.gamma_1,
+        quantizer.beta,
+        per_bit=quantizer.persample_entropy_compute == "analytical",
+        group=world.joins_autograd,
+    )
+    return {
+        "bsq": found.total,
+        "per_sample_entropy": found.per_sample,
+        "codebook_entropy": found.codebook,
+    }
+
+
+def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
+    """Pixels [B, 3, S, S], of any device, through the code and back."""
+    with precision.autocast():
+        _, z = model.encode(pixels.to(precision.device))
+        with exactly(precision.device):
+            u = model.bottleneck_down(lifted(z))
+        return model.decode(model.bottleneck_up(model.quantize(u)))
+
+
+def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world: World) -> Stage:
+    """Model (on the device, all parts) to what the loop steps."""
+    precision = Precision.of(engine, world.device)
+    model.requires_grad_(True).train()
+    network = Stage1Network(model, precision)
+    blocks = model.blocks()
+    prepare_blocks(blocks, engine)
+    wrapped = spread(
+        network, blocks, engine, world, apart=[SCALE], methods=["reconstruct"], half=precision.half
+    )
+    rates = recipe.learning_rate
+    groups = parameter_groups(
+        model,
+        {
+            "rest": rates.rest,
+            "visual_encoder": rates.encoder,
+            "text_encoder": rates.text,
+            "decoder": rates.decoder,
+        },
+        recipe.weight_decay,
+    )
+    kind = {"lamb": Lamb, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    optimizer = kind(groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    losses = Stage1Losses(wrapped.module, model, recipe, world)
+
+    def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:
+        found = accumulated_backward(losses, batches, probe=probe, syncing=wrapped.syncing)
+        # InfoNCE uses it outside the wrapped forward, so no engine averages it.
+        average_gradients([model.logit_scale], world)
+        return Backward(found.terms, found.features[2])
+
+    @torch.no_grad()
+    def after(step: int) -> None:
+        model.logit_scale.clamp_(max=math.log(recipe.max_logit_scale))
+
+    return Stage(
+        number=1,
+        model=model,
+        recipe=recipe,
+        world=world,
+        optimizer=optimizer,
+        weights=losses.weights,
+        shared_layer=last_shared_layer(model),
+        precision=precision,
+        backward=backward,
+        after=after,
+        reconstruct=network.reconstruct,
+    )

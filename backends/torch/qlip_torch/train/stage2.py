@@ -1,0 +1,272 @@
+"""Stage 2: bottleneck and decoder learn to please the eye; encoder and text tower stay (SPEC section 3).
+
+Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan`. The text tower is not in memory, the
+frozen encoder runs once a step without gradients. Legend: B images, N patches, D width, L bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qlip_torch.model import QLIP
+from qlip_torch.train import objectives
+from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
+from qlip_torch.train.discriminator import (
+    Discriminator,
+    discriminator_loss,
+    generator_loss,
+    r1_is_due,
+    r1_penalty,
+)
+from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
+from qlip_torch.train.optimizers import parameter_groups
+from qlip_torch.train.perceptual import Lpips, build_perceptual, clip_to_signed
+from qlip_torch.train.pictures import Batch
+from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.recipe import DiscriminatorRecipe, EngineRecipe, Stage2Recipe
+from qlip_torch.train.stage import Backward, LayerProbe, Stage
+from qlip_torch.train.stage1 import objectives_of_code, reconstruct
+
+PARTS = ("encoder", "down", "up", "decoder")
+
+
+class Encoded(NamedTuple):
+    """A micro-batch behind the frozen encoder: pixels [B, 3, S, S] and patch features z [B, N, D]."""
+
+    pixels: Tensor
+    z: Tensor
+
+
+class Forward(NamedTuple):
+    u: Tensor
+    """Unit latents [B, N, L], before the sign."""
+    pixels_hat: Tensor
+    """[B, 3, S, S]; the pixels themselves where nothing was decoded."""
+    mse: Tensor
+    commitment: Tensor
+
+
+class Stage2Network(nn.Module):
+    """The model from the encoder's features on, as one forward for an engine to wrap.
+
+    `encode` and `reconstruct` are called beside it, without gradients.
+    """
+
+    def __init__(self, model: QLIP, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Encoded:
+        pixels = pixels.to(self.precision.device)
+        with self.precision.autocast():
+            return Encoded(pixels, self.model.encode(pixels)[1].contiguous())
+
+    @torch.no_grad()
+    def reconstruct(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] to what the decoder makes of their code."""
+        return reconstruct(self.model, pixels, self.precision)
+
+    def forward(self, pixels: Tensor, z: Tensor, decode: bool) -> Forward:
+        model = self.model
+        with self.precision.autocast():
+            with exactly(self.precision.device):
+                u = model.bottleneck_down(lifted(z))
+            if not decode:
+                nothing = u.new_zeros(())
+                return Forward(u, pixels, nothing, nothing)
+            z_hat = model.bottleneck_up(model.quantize(u))
+            pixels_hat = model.decode(z_hat)
+            commitment = (
+                objectives.commitment(z, z_hat) if z_hat.shape == z.shape else u.new_zeros(())
+            )
+            return Forward(u, pixels_hat, objectives.mse(pixels_hat, pixels), commitment)
+
+
+class Adversary:
+    """The discriminator with its own optimizer: it learns from each micro-batch the generator made.
+
+    It is replicated, and its gradients are averaged in one message a step.
+    """
+
+    def __init__(
+        self,
+        recipe: DiscriminatorRecipe,
+        stage: Stage2Recipe,
+        image_size: int,
+        precision: Precision,
+        world: World,
+    ) -> None:
+        self.recipe, self.precision, self.world = recipe, precision, world
+        module = Discriminator(image_size, recipe.base_channels, recipe.max_channels)
+        self.module: nn.Module = module.to(world.device)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.module.parameters(),
+            lr=recipe.learning_rate,
+            betas=stage.betas,
+            weight_decay=stage.weight_decay,
+        )
+
+    def generator_loss(self, pixels_hat: Tensor) -> Tensor:
+        """What the generator hears; the discriminator's own gradients are left alone."""
+        self.module.requires_grad_(False)
+        try:
+            with self.precision.autocast():
+                return generator_loss(self.module(pixels_hat))
+        finally:
+            self.module.requires_grad_(True)
+
+    def backward(self, pixels: Tensor, pixels_hat: Tensor, step: int, share: float) -> Terms:
+        """Add the gradients of its losses on a micro-batch, times `share` of the batch."""
+        with self.precision.autocast():
+            loss = discriminator_loss(self.module(pixels), self.module(pixels_hat.detach()))
+        terms = {"discriminator": loss.detach()}
+        if self.recipe.r1_weight and r1_is_due(step, self.recipe.r1_every):
+            interval = self.recipe.r1_every
+            penalty = r1_penalty(self.module, pixels, self.recipe.r1_weight, interval)
+            terms["r1"] = penalty.detach()
+            loss = loss + penalty
+        (loss * share).backward()
+        return terms
+
+    def step(self) -> None:
+        average_gradients(self.module.parameters(), self.world)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Stage2Losses:
+    """The losses of stage 2, taken apart for accumulation (qlip_torch.train.accumulate)."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        model: QLIP,
+        recipe: Stage2Recipe,
+        world: World,
+        precision: Precision,
+        perceptual: Lpips | None,
+        adversary: Adversary | None,
+    ) -> None:
+        self.network, self.model, self.world = network, model, world
+        self.precision, self.perceptual, self.adversary = precision, perceptual, adversary
+        self._gan, self._gan_start = recipe.gan, recipe.discriminator.start
+        self.made: list[tuple[Tensor, Tensor]] = []
+        """Pixels and reconstructions of this step's micro-batches, for the discriminator."""
+        self.weights: dict[str, float] = {"mse": recipe.mse, "commitment": recipe.commitment}
+        if model.config.quantizes:
+            self.weights["bsq"] = recipe.bsq
+        if perceptual is not None:
+            self.weights["lpips"] = recipe.lpips
+
+    def begin(self, step: int) -> None:
+        """Before a step: whether the generator hears the discriminator yet."""
+        if self.adversary is not None:
+            self.weights["gan"] = self._gan if step >= self._gan_start else 0.0
+        self.made.clear()
+
+    def features(self, inputs: Encoded) -> Features:
+        return self.network(inputs.pixels, inputs.z, False)[:1]
+
+    def forward(self, inputs: Encoded) -> tuple[Features, Terms]:
+        u, pixels_hat, mse, commitment = self.network(inputs.pixels, inputs.z, True)
+        terms = {"mse": mse, "commitment": commitment}
+        if self.perceptual is not None or self.adversary is not None:
+            made, real = clip_to_signed(pixels_hat), clip_to_signed(inputs.pixels)
+            if self.perceptual is not None:
+                with self.precision.autocast():
+                    terms["lpips"] = self.perceptual(made, real)
+            if self.adversary is not None:
+                terms["gan"] = self.adversary.generator_loss(made)
+                self.made.append((real, made.detach()))
+        return (u,), terms
+
+    def of_features(self, features: Features) -> Terms:
+        return objectives_of_code(self.model, features[0], self.world)
+
+    def parameters_of_features(self) -> Sequence[nn.Parameter]:
+        return []
+
+
+def build_stage2(
+    model: QLIP, recipe: Stage2Recipe, engine: EngineRecipe, world: World, seed: int
+) -> Stage:
+    """Model (on the device, the parts of PARTS) to what the loop steps."""
+    precision = Precision.of(engine, world.device)
+    model.requires_grad_(False).train()
+    trained = [model.vision_decoder]
+    for name in ("quant_embed", "quant_embed_post"):
+        if hasattr(model.vision_model, name):
+            trained.append(getattr(model.vision_model, name))
+    for module in trained:
+        module.requires_grad_(True)
+    network = Stage2Network(model, precision)
+    blocks = model.blocks()
+    prepare_blocks(blocks, engine)
+    methods = ["encode", "reconstruct"]
+    wrapped = spread(network, blocks, engine, world, methods=methods, half=precision.half)
+    rates = recipe.learning_rate
+    groups = parameter_groups(
+        model,
+        {
+            "rest": rates.rest,
+            "visual_encoder": rates.encoder,
+            "text_encoder": rates.text,
+            "decoder": rates.decoder,
+        },
+        recipe.weight_decay,
+    )
+    optimizer = torch.optim.AdamW(
+        groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    perceptual = adversary = None
+    if recipe.lpips:
+        perceptual = build_perceptual(recipe.perceptual, seed).to(world.device)
+    if recipe.gan:
+        # The same first weights on every rank.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            adversary = Adversary(
+                recipe.discriminator, recipe, model.config.image_size, precision, world
+            )
+    losses = Stage2Losses(wrapped.module, model, recipe, world, precision, perceptual, adversary)
+
+    def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:
+        losses.begin(step)
+        encoded = [network.encode(batch.pixels) for batch in batches]
+        found = accumulated_backward(losses, encoded, probe=probe, syncing=wrapped.syncing)
+        terms = dict(found.terms)
+        share = 1 / len(batches)
+        for real, made in losses.made:
+            assert adversary is not None
+            for name, term in adversary.backward(real, made, step, share).items():
+                terms[name] = terms.get(name, 0) + term * share
+        losses.made.clear()
+        return Backward(terms, found.features[0])
+
+    return Stage(
+        number=2,
+        model=model,
+        recipe=recipe,
+        world=world,
+        optimizer=optimizer,
+        weights=losses.weights,
+        shared_layer=_bottleneck_end(model),
+        precision=precision,
+        backward=backward,
+        after=lambda step: None,
+        reconstruct=network.reconstruct,
+        companion=adversary,
+    )
+
+
+def _bottleneck_end(model: QLIP) -> nn.Linear:
+    """The last layer that every loss of this stage trains: the bottleneck's projection to L bits."""
+    vision = model.vision_model
+    if model.config.vision_config.quantizer_embed_type == "mlp":
+        return vision.quant_embed.c_proj
+    return model.vision_decoder.conv_out

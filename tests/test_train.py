@@ -1,0 +1,528 @@
+"""Training on one process: accumulation, both stages, stopping, resuming, recipes, plans."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training import curve, finish, settings, start_run, write_data, write_recipe
+
+from qlip_core.architecture import architecture, init_weights
+from qlip_core.checkpoint import open_checkpoint
+from qlip_core.errors import CheckpointError, RecipeError
+from qlip_torch.model import QLIP
+from qlip_torch.train.accumulate import accumulated_backward
+from qlip_torch.train.balance import balance
+from qlip_torch.train.checkpoints import Checkpoints, latest_checkpoint
+from qlip_torch.train.distributed import World
+from qlip_torch.train.export import export
+from qlip_torch.train.optimizers import NonFiniteError
+from qlip_torch.train.pictures import Batch
+from qlip_torch.train.plan import activation_bytes, make_plan
+from qlip_torch.train.precision import Precision
+from qlip_torch.train.recipe import EngineRecipe, Recipe, recipe_names
+from qlip_torch.train.run import Result, train
+from qlip_torch.train.stage import LayerProbe, last_shared_layer
+from qlip_torch.train.stage1 import Stage1Losses, Stage1Network, build_stage1
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    write_data(folder)
+    return folder
+
+
+def recipe_of(place: Path, **changes: Any) -> Recipe:
+    return Recipe.from_dict(settings(place, **changes))
+
+
+def quiet(line: str) -> None:
+    pass
+
+
+def run(
+    place: Path, out: Path, *, stage: str = "1", resume: bool = False, **changes: Any
+) -> Result:
+    return train(recipe_of(place, **changes), stage=stage, out=out, resume=resume, say=quiet)
+
+
+# -- accumulation ------------------------------------------------------------------------------
+
+
+def model_and_batch(place: Path, count: int) -> tuple[QLIP, Batch, Recipe]:
+    recipe = recipe_of(place)
+    config = recipe.model.config(pad_token_id=529, bos_token_id=528, eos_token_id=529)
+    model = QLIP(config)
+    model.init_from(init_weights(config, 1))
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(count, 3, 16, 16, generator=generator)
+    ids = torch.randint(0, 528, (count, 12), generator=generator)
+    ids[:, -1] = 529
+    return model, Batch(pixels, ids, [""] * count), recipe
+
+
+def gradients(place: Path, parts: int, probe: bool = False) -> tuple[Any, dict, dict[str, float]]:
+    """Terms, gradients and layer norms of 12 images in so many micro-batches, in float64."""
+    model, batch, recipe = model_and_batch(place, 12)
+    model.double()
+    for block in model.blocks():
+        if block.self_attn.rope is not None:
+            block.self_attn.rope.double()
+    network = Stage1Network(model, Precision(False, torch.device("cpu")))
+    losses = Stage1Losses(network, model, recipe.stage1, ALONE)
+    rows = 12 // parts
+    batches = [
+        Batch(batch.pixels[i : i + rows].double(), batch.ids[i : i + rows], [])
+        for i in range(0, 12, rows)
+    ]
+    layer = LayerProbe(last_shared_layer(model)) if probe else None
+    found = accumulated_backward(losses, batches, probe=layer)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    norms = layer.norms(dict(losses.weights), ALONE) if layer else {}
+    return found, grads, norms
+
+
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_accumulated_gradients_are_those_of_the_whole_batch(place: Path, parts: int) -> None:
+    whole, expected, _ = gradients(place, 1)
+    found, grads, _ = gradients(place, parts)
+    assert found.terms.keys() == whole.terms.keys()
+    for name, term in whole.terms.items():
+        assert float(found.terms[name]) == pytest.approx(float(term), rel=1e-9), name
+    for name, grad in expected.items():
+        assert grad is not None and grad.abs().max() > 0, name
+        scale = float(grad.abs().max())
+        np.testing.assert_allclose(grads[name], grad, atol=1e-9 * scale + 1e-12, err_msg=name)
+
+
+def test_a_probe_sees_the_same_layer_gradients_and_leaves_the_total_alone(place: Path) -> None:
+    _, expected, norms = gradients(place, 1, probe=True)
+    _, grads, accumulated = gradients(place, 3, probe=True)
+    _, plain, _ = gradients(place, 1)
+    assert norms.keys() == {"align", "bsq", "mse", "commitment"}
+    for name, norm in norms.items():
+        assert accumulated[name] == pytest.approx(norm, rel=1e-5)
+    for name, grad in plain.items():
+        scale = float(grad.abs().max())
+        np.testing.assert_allclose(expected[name], grad, atol=1e-9 * scale + 1e-12)
+        np.testing.assert_allclose(grads[name], grad, atol=1e-9 * scale + 1e-12)
+
+
+def test_layer_norms_are_the_weighted_gradients_of_each_loss(place: Path) -> None:
+    _, _, norms = gradients(place, 1, probe=True)
+    model, batch, recipe = model_and_batch(place, 12)
+    network = Stage1Network(model, Precision(False, torch.device("cpu")))
+    weight = last_shared_layer(model).weight
+    mse = network(batch.pixels, batch.ids, True).mse * recipe.stage1.mse
+    (slope,) = torch.autograd.grad(mse, weight)
+    assert norms["mse"] == pytest.approx(float(slope.norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("compile_blocks", [False])
+def test_checkpointed_blocks_give_the_same_gradients(place: Path, compile_blocks: bool) -> None:
+    grads = []
+    for checkpointing in (False, True):
+        model, batch, recipe = model_and_batch(place, 8)
+        engine = EngineRecipe(
+            device="cpu", activation_checkpointing=checkpointing, compile=compile_blocks
+        )
+        stage = build_stage1(model, recipe.stage1, engine, ALONE)
+        layer = LayerProbe(stage.shared_layer)
+        stage.backward([batch, batch], 0, layer)
+        layer.close()
+        assert layer.norms(stage.weights, ALONE)["mse"] > 0
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        assert set(grads[-1]) == set(architecture(model.config))
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_bfloat16_keeps_code_and_losses_in_float32(place: Path) -> None:
+    model, batch, _ = model_and_batch(place, 4)
+    network = Stage1Network(model, Precision(True, torch.device("cpu")))
+    out = network(batch.pixels, batch.ids, True)
+    assert {t.dtype for t in out} == {torch.float32}
+    exact = Stage1Network(model, Precision(False, torch.device("cpu")))
+    assert torch.allclose(out.u, exact(batch.pixels, batch.ids, True).u, atol=0.05)
+    # u is normalised in float32 from float32 products, so its length is 1 to float32's rounding.
+    assert torch.allclose(out.u.norm(dim=-1), torch.ones(()), atol=1e-6)
+
+
+# -- a whole run -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def whole_run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages, the second with everything on, its batches accumulated."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    run(
+        place,
+        out,
+        stage="all",
+        stage2__perceptual="random",
+        stage2__lpips=0.1,
+        stage2__gan=0.1,
+        stage2__micro_batch=4,
+        stage2__ema=0.9,
+        stage2__discriminator={"base_channels": 256, "r1_every": 3},
+        stage2__steps=4,
+        log__pictures=4,
+    )
+    return out
+
+
+def test_stage_1_learns(whole_run: Path) -> None:
+    lines = curve(whole_run)
+    assert [step for step, _, _ in lines] == list(range(1, 9))
+    assert lines[-1][1]["mse"] < 0.8 * lines[0][1]["mse"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_stage_2_keeps_text_tower_and_encoder_bit_for_bit(whole_run: Path) -> None:
+    before = open_checkpoint(whole_run / "stage1" / "model")
+    after = open_checkpoint(whole_run / "stage2" / "model")
+    old, new = before.tensors(), after.tensors()
+    for name, spec in architecture(before.config).items():
+        same = np.array_equal(old[name].view(np.int32), new[name].view(np.int32))
+        assert same == (spec.part in ("text", "encoder")), name
+    assert after.tokenizer is not None
+    np.testing.assert_array_equal(
+        after.tokenizer(["dark red noise"]),
+        before.tokenizer(["dark red noise"]),  # type: ignore[misc]
+    )
+
+
+def test_stage_2_reports_every_loss(whole_run: Path) -> None:
+    lines = curve(whole_run, 2)
+    assert {"mse", "bsq", "lpips", "gan", "discriminator", "r1"} <= lines[0][1].keys()
+    assert [("r1" in terms) for _, terms, _ in lines] == [True, False, False, True]
+
+
+def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
+    from PIL import Image
+
+    report = (whole_run / "report.md").read_text()
+    for stage in (1, 2):
+        folder = whole_run / f"stage{stage}"
+        assert Image.open(folder / "curves.png").size[0] > 500
+        assert f"stage{stage}/curves.png" in report
+    picture = Image.open(whole_run / "stage1" / "pictures" / "step-00000008.png")
+    # Two pictures of 16 px, eight times enlarged, above their reconstructions, 2 px apart.
+    assert picture.size == (2 * 128 + 2, 2 * 128 + 2)
+    assert "pictures/step-00000008.png" in report
+
+
+def test_export_is_the_newest_model(whole_run: Path, tmp_path: Path) -> None:
+    exported = export(whole_run, tmp_path / "model", dtype="bfloat16")
+    stored, model = open_checkpoint(exported), open_checkpoint(whole_run / "stage2" / "model")
+    for name, values in model.tensors().items():
+        np.testing.assert_allclose(stored.tensor(name), values, rtol=2**-8, atol=1e-30)
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        export(tmp_path, tmp_path / "other")
+
+
+def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None:
+    with pytest.raises(RecipeError, match="holds a run already"):
+        run(place, whole_run)
+    with pytest.raises(RecipeError, match=r"stage1\.batch was 8, now 4"):
+        run(place, whole_run, resume=True, stage1__batch=4, stage1__micro_batch=4)
+
+
+# -- stopping and going on ---------------------------------------------------------------------
+
+
+def test_a_killed_run_resumes_to_the_same_losses(place: Path, tmp_path: Path) -> None:
+    """SIGKILL at random moments, four times, against a run that nobody stopped: equal bit for bit."""
+    changes: dict[str, Any] = {"stage1__steps": 40, "stage1__ema": 0.9, "checkpoints__every": 3}
+    changes |= {"stage1__micro_batch": 4, "data__workers": 1}
+    recipe = write_recipe(tmp_path / "recipe.toml", settings(place, **changes))
+    finish(start_run(recipe, tmp_path / "whole"))
+    expected = curve(tmp_path / "whole")
+    out = tmp_path / "killed"
+    moments = random.Random(5)
+    for _ in range(4):
+        process = start_run(recipe, out, "--resume")
+        metrics = out / "stage1" / "metrics.jsonl"
+        seen = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
+        wanted, deadline = seen + moments.randrange(1, 9), time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if metrics.is_file() and len(metrics.read_text().splitlines()) >= wanted:
+                break
+            time.sleep(moments.random() * 0.02)
+        process.kill()
+        process.communicate()
+    finish(start_run(recipe, out, "--resume"))
+    assert curve(out) == expected
+    whole, killed = (open_checkpoint(p / "stage1" / "model") for p in (tmp_path / "whole", out))
+    for name, values in whole.tensors().items():
+        np.testing.assert_array_equal(killed.tensor(name), values)
+
+
+def test_sigterm_writes_a_checkpoint_and_exits_143(place: Path, tmp_path: Path) -> None:
+    changes = {"stage1__steps": 100_000, "checkpoints__every": 100_000}
+    recipe = write_recipe(tmp_path / "recipe.toml", settings(place, **changes))
+    process = start_run(recipe, tmp_path / "out")
+    metrics = tmp_path / "out" / "stage1" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and metrics.stat().st_size:
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143, errors
+    assert "--resume" in errors
+    path = latest_checkpoint(tmp_path / "out" / "stage1" / "checkpoints")
+    assert path is not None
+    assert int(path.name.removeprefix("step-")) == curve(tmp_path / "out")[-1][0]
+
+
+def test_stage_2_resumes_with_discriminator_and_average(place: Path, tmp_path: Path) -> None:
+    first = run(place, tmp_path / "first").models[1]
+    changes: dict[str, Any] = {
+        "stage2__start": str(first),
+        "stage2__gan": 0.1,
+        "stage2__ema": 0.9,
+        "stage2__discriminator": {"base_channels": 256, "r1_every": 3},
+    }
+    run(place, tmp_path / "whole", stage="2", **changes)
+
+    class Stop(Exception):
+        pass
+
+    from qlip_torch.train import loop
+
+    def stop_after_4(parts: Any, done: int) -> None:
+        if done > 4:
+            raise Stop
+        save(parts, done)
+
+    save = loop.save
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(loop, "save", stop_after_4)
+        run(place, tmp_path / "stopped", stage="2", **changes)
+    run(place, tmp_path / "stopped", stage="2", resume=True, **changes)
+    assert curve(tmp_path / "stopped", 2) == curve(tmp_path / "whole", 2)
+    models = [open_checkpoint(tmp_path / p / "stage2" / "model") for p in ("whole", "stopped")]
+    for name, values in models[0].tensors().items():
+        np.testing.assert_array_equal(models[1].tensor(name), values)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(place: Path, tmp_path: Path) -> None:
+    from qlip_torch.train import objectives
+
+    honest, calls = objectives.mse, []
+
+    def broken(*arguments: torch.Tensor) -> torch.Tensor:
+        calls.extend([1] * (len(arguments[0]) == 8))  # the plan measures with smaller ones
+        return honest(*arguments) * (float("nan") if len(calls) == 6 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objectives, "mse", broken)
+        with pytest.raises(NonFiniteError, match=r"loss term mse is not finite at step 5"):
+            run(place, tmp_path / "out")
+    path = latest_checkpoint(tmp_path / "out" / "stage1" / "checkpoints")
+    assert path is not None and path.name == "step-00000004"
+    # What the last good checkpoint holds goes on.
+    run(place, tmp_path / "out", resume=True)
+    run(place, tmp_path / "whole")
+    assert curve(tmp_path / "out") == curve(tmp_path / "whole")
+
+
+# -- checkpoints -------------------------------------------------------------------------------
+
+
+def test_checkpoints_rotate_and_latest_is_complete(tmp_path: Path) -> None:
+    for background in (False, True):
+        folder = tmp_path / str(background)
+        checkpoints = Checkpoints(folder, keep=2, background=background, world=ALONE)
+        value = torch.zeros(3)
+        for step in (1, 2, 3, 4):
+            value += 1
+            checkpoints.save(step, {"a": value}, {"note": "x"}, {"own": step})
+        # Staged before save returned: what is written does not follow the weights.
+        value += 100
+        checkpoints.close()
+        assert sorted(p.name for p in folder.iterdir()) == [
+            "latest",
+            "step-00000003",
+            "step-00000004",
+        ]
+        target = {"a": torch.empty(3)}
+        latest = checkpoints.latest()
+        assert latest is not None
+        resumed = checkpoints.load(latest, target)
+        assert target["a"].tolist() == [4.0, 4.0, 4.0]
+        assert resumed.state["step"] == 4 and resumed.ranks[0]["own"] == 4
+
+
+def test_what_a_kill_left_half_written_is_never_latest(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    # Killed while it wrote step 2, and after it renamed step 3 but before `latest` said so.
+    (tmp_path / ".step-00000002.part").mkdir()
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+    checkpoints.save(2, {"a": torch.ones(2)}, {}, {})
+    assert [p.name for p in tmp_path.glob(".step*")] == []
+    (tmp_path / "latest").unlink()
+    assert checkpoints.latest() == tmp_path / "step-00000002"
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    path = checkpoints.latest()
+    assert path is not None
+    for target in ({"b": torch.ones(2)}, {"a": torch.ones(3)}):
+        with pytest.raises(CheckpointError, match="another recipe"):
+            checkpoints.load(path, target)
+
+
+def test_a_checkpoint_runs_nothing_of_what_it_holds(tmp_path: Path) -> None:
+    import os
+    import pickle
+
+    class Evil:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    path = checkpoints.latest()
+    assert path is not None
+    (path / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError, match="mkdir"):
+        checkpoints.load(path, {"a": torch.ones(2)})
+    assert not (tmp_path / "ran").exists()
+
+
+# -- recipes and plans -------------------------------------------------------------------------
+
+
+def test_every_shipped_recipe_reads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    assert {"emoji", "qlip-b-16-256", "qlip-b-8-256", "qlip-l-14-392"} <= set(recipe_names())
+    for name in recipe_names():
+        recipe = Recipe.load(name)
+        (tmp_path / "copy.toml").write_text(recipe.to_toml())
+        assert Recipe.from_file(tmp_path / "copy.toml") == recipe
+        assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("name", ["qlip-b-16-256", "qlip-b-8-256", "qlip-l-14-392"])
+def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
+    recipe = Recipe.load(name)
+    one, two = recipe.stage1, recipe.stage2
+    assert (one.steps, one.warmup, one.betas, one.weight_decay) == (
+        120_000,
+        2000,
+        (0.9, 0.95),
+        0.05,
+    )
+    rates = one.learning_rate
+    assert (rates.rest, rates.encoder, rates.text, rates.decoder) == (5e-4, 2e-4, 2e-5, 2e-3)
+    assert (one.clip, one.batch, one.mse, one.align, one.bsq, one.commitment) == (
+        5.0,
+        65_536,
+        1e3,
+        1.0,
+        1.0,
+        1.0,
+    )
+    rates = two.learning_rate
+    assert (rates.rest, rates.encoder, rates.text, rates.decoder) == (5e-4, 0, 0, 1e-4)
+    assert (two.clip, two.batch, two.mse, two.bsq, two.commitment) == (1.0, 16_384, 1.0, 1.0, 0.0)
+    assert (two.lpips, two.gan, two.discriminator.learning_rate) == (0.1, 0.1, 1e-4)
+    assert (two.discriminator.r1_every, two.discriminator.r1_weight) == (16, 10.0)
+    assert one.micro_batches(recipe.devices) * one.micro_batch * recipe.devices == one.batch
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("stage1.stepz=3", r'unknown key "stage1\.stepz".*did you mean "stage1\.steps"'),
+        ("model.pach_size=8", r'unknown key "model\.pach_size".*did you mean "model\.patch_size"'),
+        ("stage1.steps=many", r"stage1\.steps must be a int, got 'many'"),
+        ("stage1.steps=0", r"stage1\.steps \(=0\) must be at least 1"),
+        ("stage1.betas=[0.9]", r"stage1\.betas must have 2 values"),
+        ("engine.parallel=zero", r"engine\.parallel is 'zero', expected one of ddp, fsdp"),
+        ("model.preset=qlip-c", r"model\.preset 'qlip-c': there are"),
+        ("model.patch_size=7", r"model\.patch_size \(=7\) must divide"),
+        ("stage2.learning_rate.text=1e-4", r"stage2\.learning_rate\.encoder and \.text must be 0"),
+        ("stage2.lpips=0.1", r"stage2\.lpips is not 0 and perceptual names no weights"),
+        ("data.workers=-1", r"data\.workers \(=-1\) must be at least 0"),
+        ("stage1", r"expected key=value"),
+    ],
+)
+def test_a_wrong_recipe_says_what_and_where(place: Path, change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        recipe_of(place).changed([change])
+
+
+def test_changes_reach_every_level(place: Path) -> None:
+    changes = ["stage1.steps=7", "stage1.learning_rate.rest=1e-3", "model.encoder.width=64"]
+    recipe = recipe_of(place).changed([*changes, "stage2.start=/a/b c", "stage1.betas=[0.8, 0.9]"])
+    assert recipe.stage1.steps == 7 and recipe.stage1.learning_rate.rest == 1e-3
+    assert recipe.model.config().vision_config.hidden_size == 64
+    assert recipe.stage2.start == "/a/b c" and recipe.stage1.betas == (0.8, 0.9)
+
+
+def test_an_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(RecipeError, match=r"one of .*emoji.*did you mean"):
+        Recipe.load("emojis")
+
+
+def test_a_dry_run_builds_everything_and_touches_nothing(place: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    recipe = recipe_of(place, stage1__batch=24, stage1__micro_batch=6, stage2__gan=0.1)
+    result = train(recipe, out=tmp_path / "out", dry_run=True, say=lines.append)
+    assert not (tmp_path / "out").exists() and result.models == {}
+    one, two = result.plans
+    table = architecture(recipe.model.config())
+    assert sum(one.parameters.values()) == one.trained == sum(s.size for s in table.values())
+    assert two.trained == sum(s.size for s in table.values() if s.part in ("down", "up", "decoder"))
+    assert "text" not in two.parameters and two.discriminator > 0
+    assert (one.images, one.micro_batches, one.micro_batch) == (8 * 24, 4, 6)
+    # Weights, gradients and LAMB's two moments, float32.
+    assert one.state_bytes == 16 * one.trained
+    text = "\n".join(lines)
+    assert "8 steps of 24 images = 192 images" in text and "memory per device about" in text
+
+
+def test_checkpointing_and_bfloat16_need_less_memory(place: Path) -> None:
+    config = recipe_of(place).model.config()
+
+    def needed(half: bool, checkpointing: bool) -> int:
+        engine = EngineRecipe(activation_checkpointing=checkpointing)
+        return activation_bytes(config, 1, half=half, extra=[], engine=engine)
+
+    assert needed(False, True) < 0.8 * needed(False, False)
+    assert needed(True, False) < 0.9 * needed(False, False)
+
+
+def test_a_plan_for_more_devices_divides_the_batch(place: Path) -> None:
+    recipe = recipe_of(place, stage1__batch=48, stage1__micro_batch=6, engine__parallel="fsdp")
+    plan = make_plan(recipe, recipe.model.config(), 1, torch.device("cpu"), 4)
+    assert (plan.micro_batches, plan.micro_batch) == (2, 6)
+    assert plan.state_bytes == 16 * plan.trained // 4
+    with pytest.raises(RecipeError, match="5 processes"):
+        make_plan(recipe, recipe.model.config(), 1, torch.device("cpu"), 5)
+
+
+def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
+    place: Path, tmp_path: Path
+) -> None:
+    found = balance(recipe_of(place), out=tmp_path, steps=4)
+    mse = curve(tmp_path / "probe-reconstruction")[-1][1]["mse"]
+    align = curve(tmp_path / "probe-alignment")[-1][1]["align"]
+    assert found.mse == mse and found.align == align
+    assert found.ratio == pytest.approx(align / mse, rel=5e-3)
+    assert Recipe.from_file(found.recipe).stage1.mse == found.weight_mse

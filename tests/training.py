@@ -1,0 +1,103 @@
+"""A training run small enough for tests: a model of 16 px, a folder of noise pictures, a tiny vocabulary."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from qlip_core.data.vocabulary import train_bpe
+
+WORDS = ("red", "green", "blue", "noise", "square", "left", "right", "dark")
+THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def write_data(folder: Path, count: int = 48) -> None:
+    """`data/` with pictures and captions, `tokenizer/` with a vocabulary of 530 tokens."""
+    generator = np.random.default_rng(0)
+    data = folder / "data"
+    data.mkdir(parents=True)
+    captions = []
+    for i in range(count):
+        coarse = generator.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse.repeat(4, 0).repeat(4, 1)).save(data / f"{i:03d}.png")
+        captions.append(" ".join(generator.choice(WORDS, 3)) + f" {i}")
+        (data / f"{i:03d}.txt").write_text(captions[-1])
+    train_bpe(captions, 530, folder / "tokenizer", context_length=12)
+
+
+def settings(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A recipe as a dictionary; `changes` as "stage1__steps=3"."""
+    tower = {"width": 32, "intermediate": 48, "layers": 2, "heads": 2}
+    stage = {"steps": 8, "batch": 8, "micro_batch": 8, "warmup": 2}
+    values: dict[str, Any] = {
+        "name": "test",
+        "seed": 3,
+        "model": {
+            "preset": "tiny",
+            "tokenizer": str(folder / "tokenizer"),
+            "image_size": 16,
+            "patch_size": 8,
+            "projection_dim": 16,
+            "bits": 8,
+            "group_size": 4,
+            "encoder": dict(tower),
+            "decoder": dict(tower),
+            "text": {**tower, "context": 12, "vocabulary": 530},
+        },
+        "data": {"sources": [{"location": str(folder / "data")}], "workers": 0},
+        "stage1": {**stage, "learning_rate": dict.fromkeys(("rest", "encoder", "text"), 1e-2)},
+        "stage2": {**stage, "lpips": 0.0, "gan": 0.0},
+        "log": {"metrics": 1, "gradients": 4, "pictures": 0, "picture_count": 2},
+        "checkpoints": {"every": 2},
+    }
+    for name, value in changes.items():
+        *tables, key = name.split("__")
+        at = values
+        for table in tables:
+            at = at.setdefault(table, {})
+        at[key] = value
+    return values
+
+
+def curve(run: Path, stage: int = 1) -> list[tuple[int, dict[str, float], float]]:
+    """(step, terms, gradient norm) of every line of a stage's metrics."""
+    text = (run / f"stage{stage}" / "metrics.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    return [(line["step"], line["terms"], line["gradient_norm"]) for line in lines]
+
+
+def write_recipe(path: Path, values: dict[str, Any]) -> Path:
+    from qlip_torch.train.recipe import Recipe
+
+    path.write_text(Recipe.from_dict(values).to_toml(), encoding="utf-8")
+    return path
+
+
+def start_run(recipe: Path, out: Path, *options: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """A run in a process of its own, or under torchrun in several."""
+    program = [str(Path(__file__).parent / "train_program.py"), str(recipe), str(out), *options]
+    launcher = [sys.executable]
+    if ranks > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher = [sys.executable, *torchrun]
+    return subprocess.Popen(
+        [*launcher, *program],
+        env={**os.environ, **THREADS},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
+    """Wait for a run that must succeed; what it wrote to stderr."""
+    _, errors = process.communicate(timeout=timeout)
+    assert process.returncode == 0, errors
+    return errors
