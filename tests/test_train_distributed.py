@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training import curve, finish, settings, start_run, write_data, write_recipe
 
 from qlip_torch.train.recipe import Recipe
@@ -23,6 +25,15 @@ CHANGES: dict[str, Any] = {
     "stage2__discriminator": GAN,
     "stage2__ema": 0.9,
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small lose time on a second one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

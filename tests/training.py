@@ -52,7 +52,10 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
             "text": {**tower, "context": 12, "vocabulary": 530},
         },
         "data": {"sources": [{"location": str(folder / "data")}], "workers": 0},
-        "stage1": {**stage, "learning_rate": dict.fromkeys(("rest", "encoder", "text"), 1e-2)},
+        "stage1": {
+            **stage,
+            "learning_rate": dict.fromkeys(("rest", "encoder", "text", "decoder"), 3e-2),
+        },
         "stage2": {**stage, "lpips": 0.0, "gan": 0.0},
         "log": {"metrics": 1, "gradients": 4, "pictures": 0, "picture_count": 2},
         "checkpoints": {"every": 2},

@@ -10,6 +10,7 @@ import typer
 
 from qlip_cli import options
 from qlip_cli.options import Device, Json, ModelName, Revision
+from qlip_cli.provenance import is_picture, read_record
 from qlip_cli.terminal import (
     count_text,
     print_facts,
@@ -29,7 +30,7 @@ _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 def info(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL|TOKENS.qlip", hidden=True),
+        typer.Argument(metavar="MODEL|TOKENS.qlip|PICTURE.png", hidden=True),
     ] = None,
     model: ModelName = None,
     revision: Revision = None,
@@ -54,9 +55,9 @@ def info(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Describe a model or a token file.
+    """Describe a model, a token file, or how a picture was drawn.
 
-    Without either, the model that ships with qlip. No weights are loaded unless --backend or
+    Without any, the model that ships with qlip. No weights are loaded unless --backend or
     --dtype ask how the model runs.
     """
     from qlip_core.errors import QlipError
@@ -65,6 +66,9 @@ def info(
         raise QlipError(f"two models named, {target} and --model {model}: name one")
     if target is not None and is_token_file(Path(target)):
         describe_tokens(Path(target), json)
+        return
+    if target is not None and is_picture(Path(target)):
+        describe_picture(Path(target), json)
         return
     options.quiet_hub()
     from qlip_core import open_checkpoint
@@ -133,6 +137,31 @@ def describe_tokens(path: Path, json: bool) -> None:
     )  # fmt: skip
 
 
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def describe_picture(path: Path, json: bool) -> None:
+    """What `qlip generate` wrote into a PNG."""
+    record = read_record(path)
+    if json:
+        print_json({"picture": str(path)} | record)
+        return
+    print_line(str(path))
+    print_facts(facts_of_record(record), indent=2)
+
+
+def facts_of_record(record: dict[str, Any]) -> list[tuple[str, str]]:
+    facts: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            facts += facts_of_record(value)
+        elif isinstance(value, list):
+            facts.append((key, ", ".join(map(str, value))))
+        else:
+            facts.append((key, str(value)))
+    return facts
+
+
 # -- models ------------------------------------------------------------------------------------
 
 
@@ -164,9 +193,34 @@ def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
         "stored_dtypes": sorted(_STORED[name] for name in checkpoint.stored_dtypes),
         "stored_bytes": checkpoint.stored_bytes,
         "tokenizer": checkpoint.tokenizer is not None,
+        "generator": generator_document(checkpoint),
         "fingerprint": checkpoint.fingerprint,
         "license": checkpoint.license,
         "note": checkpoint.note,
+    }
+
+
+def generator_document(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """Sizes and settings of the generator in the model's folder; None where there is none."""
+    from dataclasses import asdict
+
+    from qlip_core.generator.architecture import parameter_count
+    from qlip_core.generator.load import find_generator
+
+    found = find_generator(checkpoint, None)
+    if found is None:
+        return None
+    config = found.config
+    return {
+        "parameters": parameter_count(config),
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "conditioner": config.conditioner,
+        "prefix_length": config.prefix_length,
+        "tokens_per_image": config.tokens_per_image,
+        "values_per_token": config.visual_vocab_size,
+        "sampling": asdict(config.sampling),
     }
 
 
@@ -226,6 +280,7 @@ def print_model(document: dict[str, Any]) -> None:
         ("parameters", f"{count_short(document['parameters'])}, stored as {stored}"),
         ("embedding", f"{document['embedding_width']} numbers"),
         ("tokenizer", "present" if document["tokenizer"] else "absent: token ids only, no strings"),
+        ("generator", generator_text(document["generator"])),
         ("fingerprint", document["fingerprint"]),
         ("licence", document["license"] or "not stated"),
     ]
@@ -250,6 +305,15 @@ def print_model(document: dict[str, Any]) -> None:
             names = (re.sub(r"\.layers\.\d+\.", ".layers.*.", name) for name in runs["unquantized"])
             lines.append(("unquantized", ", ".join(dict.fromkeys(names)) or "nothing"))
         print_facts(lines, indent=2)
+
+
+def generator_text(generator: dict[str, Any] | None) -> str:
+    if generator is None:
+        return "none: this model draws nothing from text"
+    return (
+        f"{count_short(generator['parameters'])} parameters, {generator['tokens_per_image']} tokens of "
+        f"{generator['values_per_token']:,} values after at most {generator['prefix_length']} of text"
+    )
 
 
 def count_short(count: int) -> str:

@@ -20,9 +20,11 @@ from qlip_cli.decode import decode
 from qlip_cli.doctor import doctor
 from qlip_cli.embed import embed
 from qlip_cli.encode import encode
+from qlip_cli.generate import generate
 from qlip_cli.info import info
 from qlip_cli.reconstruct import reconstruct
 from qlip_cli.terminal import note, print_error
+from qlip_cli.tokenize import tokenize
 from qlip_cli.train import train
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
@@ -40,8 +42,10 @@ app.command(epilog="Example: qlip decode photos.qlip -o again/")(decode)
 app.command(epilog="Example: qlip reconstruct a.png b.jpg")(reconstruct)
 app.command(epilog='Example: qlip classify a.png -l "a cat,a dog"')(classify)
 app.command(epilog="Example: qlip embed photos/ -o photos.safetensors")(embed)
+app.command(epilog='Example: qlip generate "a cat" --seed 3')(generate)
 app.command(epilog="Example: qlip info photos.qlip")(info)
 app.command(epilog="Example: qlip doctor --backend mlx")(doctor)
+app.command(epilog="Example: qlip tokenize 'shards/{00000..00099}.tar' -o tokens")(tokenize)
 app.command(epilog="Example: qlip train emoji --out runs/mine --steps 200")(train)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")

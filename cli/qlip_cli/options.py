@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -76,13 +77,20 @@ def output(what: str) -> typer.models.OptionInfo:
 
 
 def load_model(
-    model: str | None, revision: str | None, backend: str, device: str, dtype: str
+    model: str | None,
+    revision: str | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    generator: Path | None = None,
 ) -> Model:
     """`qlip_core.load`, without the hub's progress bars where nobody looks at a terminal."""
     quiet_hub()
     import qlip_core
 
-    return qlip_core.load(model, backend=backend, device=device, dtype=dtype, revision=revision)
+    return qlip_core.load(
+        model, backend=backend, device=device, dtype=dtype, revision=revision, generator=generator
+    )
 
 
 def quiet_hub() -> None:

@@ -6,14 +6,15 @@ import errno
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -95,17 +96,30 @@ def picture_file(path: Path, inputs: Iterable[str | Path], *, force: bool) -> Pa
     return output_file(path, path.name, force=force, inputs=inputs)
 
 
-def save_picture(path: Path, picture: Image.Image | np.ndarray) -> None:
-    """Write a picture, or pixels uint8 [H, W, 3], whole or not at all."""
+def save_picture(
+    path: Path, picture: Image.Image | np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
+    """Write a picture, or pixels uint8 [H, W, 3], whole or not at all; `text` goes into a PNG."""
     from PIL import Image
 
     from qlip_core.tensorfile import atomic_file
 
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     kind = Image.registered_extensions()[path.suffix.lower()]
-    lossless = {"lossless": True} if kind == "WEBP" else {}
+    how: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(kind, {})
+    if kind == "PNG" and text:
+        how = {"pnginfo": _png_text(text)}
     with writing(path), atomic_file(path) as file:
-        image.save(file, kind, **({"quality": 95} if kind == "JPEG" else lossless))
+        image.save(file, kind, **how)
+
+
+def _png_text(text: Mapping[str, str]) -> PngInfo:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_itxt(key, value)  # the only kind of text chunk that holds any Unicode
+    return info
 
 
 def safe_names(names: Iterable[str]) -> list[str]:
@@ -175,14 +189,14 @@ class PictureFolder:
             self._temporary.mkdir()
         return self
 
-    def add(self, number: int, pixels: np.ndarray) -> None:
-        """Write picture `number`: uint8 [S, S, 3]."""
+    def add(self, number: int, pixels: np.ndarray, text: Mapping[str, str] | None = None) -> None:
+        """Write picture `number`: uint8 [S, S, 3], with `text` in it."""
         from PIL import Image
 
         path = self._temporary / self.names[number]
         with writing(self.folder / self.names[number]):
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
+            Image.fromarray(pixels).save(path, pnginfo=_png_text(text) if text else None)
 
     def show(self) -> None:
         """Move everything to its place."""

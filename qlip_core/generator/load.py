@@ -38,15 +38,23 @@ def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> Generato
     return found
 
 
-def load_drawer(
-    checkpoint: Checkpoint, found: GeneratorCheckpoint | None, network: Network, backend: str
-) -> TokenDrawer:
-    """The generator's weights onto the device of `network`. Raises GenerationError if there is none."""
+def require_generator(
+    checkpoint: Checkpoint, found: GeneratorCheckpoint | None
+) -> GeneratorCheckpoint:
+    """`found`. Raises GenerationError where there is none."""
     if found is None:
         raise GenerationError(
             f"{checkpoint.folder}: this model has no generator (no folder {FOLDER}/ in it): name one "
             "with --generator, or train one"
         )
+    return found
+
+
+def load_drawer(
+    checkpoint: Checkpoint, generator: GeneratorCheckpoint | None, network: Network, backend: str
+) -> TokenDrawer:
+    """The generator's weights onto the device of `network`. Raises GenerationError if there is none."""
+    found = require_generator(checkpoint, generator)
     config = found.config
     drawn_by = get_backend(backend).generator(
         config, found.tensors(), device=network.device, dtype=network.dtype

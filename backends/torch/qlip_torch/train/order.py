@@ -8,35 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from qlip_core.data.draws import stable_hash
+from qlip_core.data.permutation import permute
 from qlip_core.errors import DataError
-
-_ROUNDS = 6
-_MASK = 2**64 - 1
-
-
-def permute(position: int, count: int, key: int) -> int:
-    """The image of `position` under a pseudo-random permutation of range(count) chosen by `key`.
-
-    A Feistel network over the next even power of two, walked until it lands below `count`: O(1) memory
-    for a set of any size, where a shuffled list of its numbers would take 8 bytes a sample.
-    """
-    half = max(1, ((count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for turn in range(_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ (turn << 56), key) & mask)
-        position = left << half | right
-        if position < count:
-            return position
-
-
-def _mix(value: int, key: int) -> int:
-    """SplitMix64's finisher: 64 well-mixed bits of (value, key)."""
-    value = (value + key + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ value >> 30) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ value >> 27) * 0x94D049BB133111EB) & _MASK
-    return value ^ value >> 31
 
 
 def epoch_index(position: int, count: int, stream: str) -> int:

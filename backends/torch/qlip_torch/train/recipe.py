@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
-import math
-import types
-import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +15,9 @@ from typing import Any, Literal
 
 import qlip_core
 from qlip_core.config import PRESETS, QLIPConfig
-from qlip_core.errors import ConfigError, DataError, RecipeError
+from qlip_core.errors import ConfigError, RecipeError
 from qlip_torch.train.data import DataConfig
+from qlip_torch.train.strict import build, load_toml, plain, to_toml, toml_value
 
 # -- the model ---------------------------------------------------------------------------------
 
@@ -356,13 +353,13 @@ class Recipe:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
         """Raises RecipeError for an unknown key (naming the nearest) or an impossible value."""
-        return _build(cls, values, "")
+        return build(cls, values)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         path = Path(path)
         try:
-            values = _load_toml(path)
+            values = load_toml(path)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: not a readable TOML file ({error})") from None
         try:
@@ -389,15 +386,15 @@ class Recipe:
                 if not isinstance(at, dict):
                     raise RecipeError(f"{key.strip()}: {table} is a value, not a table")
                 table = part
-            at[table] = _value(text.strip())
+            at[table] = toml_value(text.strip())
         return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, defaults included; what is None is left out (TOML has no such value)."""
-        return _plain(self)
+        return plain(self)
 
     def to_toml(self) -> str:
-        return "\n".join(_toml_lines(self.to_dict(), "")).strip() + "\n"
+        return to_toml(self.to_dict())
 
 
 # -- finding and reading -----------------------------------------------------------------------
@@ -426,112 +423,6 @@ def find_recipe(name: str | Path) -> Path:
     raise RecipeError(
         f"no recipe {str(name)!r}: a path, or one of {', '.join(recipe_names())}{hint}"
     )
-
-
-def _load_toml(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return _tomllib().load(file)
-
-
-def _value(text: str) -> Any:
-    try:
-        return _tomllib().loads(f"value = {text}")["value"]
-    except ValueError:
-        return text
-
-
-def _tomllib() -> Any:
-    try:
-        import tomllib
-    except ImportError:  # Python 3.10
-        try:
-            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
-        except ImportError:
-            raise RecipeError(
-                "reading recipes on Python 3.10 needs tomli: pip install 'qlip[train]'"
-            ) from None
-    return tomllib
-
-
-# -- strict building ---------------------------------------------------------------------------
-
-
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
-    known = {}
-    for key, value in values.items():
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
-            hint = f'; did you mean "{where}{near[0]}"?' if near else ""
-            raise RecipeError(f'unknown key "{where}{key}" in the recipe{hint}')
-        known[key] = _typed(hints[key], value, f"{where}{key}")
-    try:
-        return cls(**known)
-    except (RecipeError, DataError) as error:
-        text = str(error).removeprefix(where)
-        raise RecipeError(f"{where}{text}") from None
-
-
-def _typed(kind: Any, value: Any, name: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        inner = [each for each in arguments if each is not type(None)]
-        return None if value is None else _typed(inner[0], value, name)
-    if origin is Literal:
-        if value not in arguments:
-            raise RecipeError(
-                f"{name} is {value!r}, expected one of {', '.join(map(str, arguments))}"
-            )
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise RecipeError(f"{name} must be a list, got {value!r}")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) != len(value):
-            raise RecipeError(f"{name} must have {len(kinds)} values, got {value!r}")
-        return tuple(_typed(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{name} must be a table, got {value!r}")
-        return _build(typing.cast(type, kind), value, f"{name}.")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = {
-        int: number and float(value).is_integer(),
-        float: number and math.isfinite(value),
-        bool: isinstance(value, bool),
-        str: isinstance(value, str),
-    }[kind]
-    if not good:
-        raise RecipeError(f"{name} must be a {kind.__name__}, got {value!r}")
-    return kind(value)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: _plain(each) for name, each in pairs if each is not None}
-    if isinstance(value, tuple):
-        return [_plain(each) for each in value]
-    return value
-
-
-def _toml_lines(values: Mapping[str, Any], where: str) -> list[str]:
-    lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if not isinstance(v, dict)]
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            lines += ["", f"[{where}{key}]", *_toml_lines(value, f"{where}{key}.")]
-    return lines
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(each) for each in value)}]"
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{k} = {_toml_value(v)}' for k, v in value.items())} }}"
-    if isinstance(value, str):
-        return json.dumps(value)
-    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _at_least(recipe: Any, least: float, *names: str) -> None:

@@ -1,0 +1,138 @@
+"""Strict settings: frozen dataclasses from TOML and back.
+
+An unknown key is an error that names it and the nearest valid one; a value of the wrong type says what it
+should be; errors of a dataclass' own checks say where in the tree it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from qlip_core.errors import DataError, RecipeError
+
+T = TypeVar("T")
+
+# -- TOML --------------------------------------------------------------------------------------
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file. Raises OSError or ValueError."""
+    with path.open("rb") as file:
+        return _tomllib().load(file)
+
+
+def toml_value(text: str) -> Any:
+    """A value as TOML writes it or, where it is none, the text itself."""
+    try:
+        return _tomllib().loads(f"value = {text}")["value"]
+    except ValueError:
+        return text
+
+
+def _tomllib() -> Any:
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[import-not-found,no-redef]
+        except ImportError:
+            raise RecipeError(
+                "reading recipes on Python 3.10 needs tomli: pip install 'qlip[train]'"
+            ) from None
+    return tomllib
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """A tree of dictionaries, lists and values as TOML."""
+    return "\n".join(_toml_lines(values, "")).strip() + "\n"
+
+
+def _toml_lines(values: Mapping[str, Any], where: str) -> list[str]:
+    lines = [f"{k} = {_toml_value(v)}" for k, v in values.items() if not isinstance(v, dict)]
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            lines += ["", f"[{where}{key}]", *_toml_lines(value, f"{where}{key}.")]
+    return lines
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(each) for each in value)}]"
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {_toml_value(v)}' for k, v in value.items())} }}"
+    if isinstance(value, str):
+        return json.dumps(value)
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+# -- strict building ---------------------------------------------------------------------------
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """A dataclass from a tree of dictionaries; `where` is its place ("stage1."). Raises RecipeError."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    known = {}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.4)
+            hint = f'; did you mean "{where}{near[0]}"?' if near else ""
+            raise RecipeError(f'unknown key "{where}{key}" in the recipe{hint}')
+        known[key] = _typed(hints[key], value, f"{where}{key}")
+    try:
+        return cls(**known)
+    except (RecipeError, DataError) as error:
+        text = str(error).removeprefix(where)
+        raise RecipeError(f"{where}{text}") from None
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        inner = [each for each in arguments if each is not type(None)]
+        return None if value is None else _typed(inner[0], value, name)
+    if origin is Literal:
+        if value not in arguments:
+            raise RecipeError(
+                f"{name} is {value!r}, expected one of {', '.join(map(str, arguments))}"
+            )
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise RecipeError(f"{name} must be a list, got {value!r}")
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) != len(value):
+            raise RecipeError(f"{name} must have {len(kinds)} values, got {value!r}")
+        return tuple(_typed(k, v, f"{name}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise RecipeError(f"{name} must be a table, got {value!r}")
+        return build(typing.cast(type, kind), value, f"{name}.")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = {
+        int: number and float(value).is_integer(),
+        float: number and math.isfinite(value),
+        bool: isinstance(value, bool),
+        str: isinstance(value, str),
+    }[kind]
+    if not good:
+        raise RecipeError(f"{name} must be a {kind.__name__}, got {value!r}")
+    return kind(value)
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as dictionaries; what is None is left out (TOML has no such value)."""
+    if dataclasses.is_dataclass(value):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: plain(each) for name, each in pairs if each is not None}
+    if isinstance(value, tuple):
+        return [plain(each) for each in value]
+    return value

@@ -1,0 +1,304 @@
+"""`qlip generate`: pictures of prompts."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qlip_cli import options
+from qlip_cli.classify import read_lines
+from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.outputs import PictureFolder, output_file, picture_file, save_picture, writing
+from qlip_cli.provenance import text_chunks
+from qlip_cli.terminal import count_text, note, print_json, print_line, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qlip_core import Model, VisualTokens
+    from qlip_core.generator.sampling import Sampling
+
+_GAP = 2  # white pixels between the pictures of a sheet
+
+
+def generate(
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", show_default=False),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        options.output(
+            "Picture for one image, folder for several (default: PROMPT-SEED.png, or generated)."
+        ),
+    ] = None,
+    number: Annotated[
+        int, typer.Option("-n", "--number", metavar="N", min=1, help="Pictures of each prompt.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed, the same picture.")] = 0,
+    cfg_scale: Annotated[
+        float | None,
+        typer.Option(metavar="S", show_default=False, help="Guidance by the prompt; 1: none."),
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="T", show_default=False, help="0: always the likeliest token."),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(metavar="K", show_default=False, help="Choose among the K likeliest; 0: all."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            show_default=False,
+            help="Choose among the likeliest that sum to P; 1: all.",
+        ),
+    ] = None,
+    cfg_schedule: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", show_default=False, help="constant or linear."),
+    ] = None,
+    cfg_interval: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="A B", show_default=False, help="Guidance between these shares of the tokens."
+        ),
+    ] = None,
+    grid: Annotated[bool, typer.Option("--grid", help="All pictures on one sheet.")] = False,
+    save_tokens: Annotated[
+        bool, typer.Option("--save-tokens", help="Also write OUT.qlip, for `qlip decode`.")
+    ] = False,
+    prompts_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
+    ] = None,
+    generator: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", show_default=False, help="Generator (default: the model's own)."
+        ),
+    ] = None,
+    model: ModelName = None,
+    revision: Revision = None,
+    backend: BackendName = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 8,
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Draw pictures of prompts.
+
+    One picture becomes a PNG, several a folder of PNGs, or with --grid one sheet. Settings that are not
+    given are the generator's own. Each PNG tells how it was drawn: `qlip info PICTURE.png`.
+    """
+    wanted = collect_prompts(prompts, prompts_file)
+    from qlip_core.generator.sampling import check_seed
+
+    check_seed(seed)
+    count = number * len(wanted)
+    names = picture_names([p for p in wanted for _ in range(number)], seed)
+    out = output or Path(names[0] if count == 1 else f"{names[0]}" if grid and len(wanted) == 1
+                         else f"sheet-{seed}.png" if grid else "generated")  # fmt: skip
+    single = (count == 1 or grid) and not out.is_dir()
+    picture = picture_file(out, [], force=force) if single else None
+    folder = None if single else PictureFolder(out, names, force=force)
+    target = picture or out
+    tokens_file = token_path(target, force) if save_tokens else None
+
+    network = options.load_model(model, revision, backend, device, dtype, generator)
+    sampling = settings_of(
+        network, temperature, top_k, top_p, cfg_scale, cfg_schedule, cfg_interval
+    )
+    tokens = draw(network, wanted, number, seed, sampling, batch_size)
+    facts = facts_of(network, seed, sampling)
+    records = [
+        {"prompt": prompt, "number": index} | facts
+        for prompt, index in zip(tokens.names, numbers_of(tokens.names))
+    ]
+    if picture is not None and count > 1:
+        sheet = sheet_of(network.decode(tokens, batch_size=batch_size), number)
+        save_picture(picture, sheet, text_chunks({"prompts": list(tokens.names)} | facts))
+    elif picture is not None:
+        save_picture(picture, network.decode(tokens)[0], text_chunks(records[0]))
+    elif folder is not None:
+        fill(folder, network, tokens, records, batch_size)
+    if tokens_file is not None:
+        with writing(tokens_file):
+            tokens.save(tokens_file)
+
+    if json:
+        files = [str(picture)] if picture else [str(out / name) for name in names]
+        document = {"output": str(target), "files": files, "images": count}
+        document["tokens"] = str(tokens_file) if tokens_file else None
+        print_json(document | {"drawn": records})
+    else:
+        side = network.config.image_size
+        print_line(f"{target}: {count_text(count, 'picture')}, {side}x{side} pixels, seed {seed}")
+        if tokens_file is not None:
+            print_line(f"{tokens_file}: their tokens")
+
+
+def collect_prompts(given: list[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the command line, then those of the file. Raises TextError if there are none."""
+    from qlip_core.errors import TextError
+
+    prompts = [*(given or []), *(read_lines(file) if file is not None else [])]
+    if not prompts:
+        raise TextError(
+            'no prompts: give some, as in `qlip generate "a cat"`, or --prompts-file FILE '
+            '(an empty one, "", draws without a prompt)'
+        )
+    return prompts
+
+
+def picture_names(prompts: list[str], seed: int) -> list[str]:
+    """a-cat-0.png for seed 0; with several pictures of a prompt a-cat-0-1.png, a-cat-0-2.png, ..."""
+    stems = [f"{slug(prompt)}-{seed}" for prompt in prompts]
+    counts = {stem: stems.count(stem) for stem in stems}
+    so_far = dict.fromkeys(stems, 0)
+    out = []
+    for stem in stems:
+        so_far[stem] += 1
+        out.append(f"{stem}-{so_far[stem]}.png" if counts[stem] > 1 else f"{stem}.png")
+    return out
+
+
+def slug(prompt: str) -> str:
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    while len(words.encode()) > 60:
+        words = words[:-1]
+    return words.strip("-_") or "picture"
+
+
+def token_path(target: Path, force: bool) -> Path:
+    """Where the tokens of a picture or a folder go: beside it, with the suffix .qlip."""
+    return output_file(target.with_name(f"{target.stem}.qlip"), "", force=force)
+
+
+def settings_of(
+    network: Model,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    cfg_scale: float | None,
+    cfg_schedule: str | None,
+    cfg_interval: tuple[float, float] | None,
+) -> Sampling:
+    """The generator's settings, with those of the command line instead, checked before any work."""
+    from qlip_core.generator.generate import merged
+
+    config = network.generator_config
+    sampling = merged(
+        config.sampling,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cfg_scale=cfg_scale,
+        cfg_schedule=cfg_schedule,
+        cfg_interval=cfg_interval,
+    )
+    sampling.check(config.visual_vocab_size)
+    return sampling
+
+
+def draw(
+    network: Model, prompts: list[str], number: int, seed: int, sampling: Sampling, batch_size: int
+) -> VisualTokens:
+    """All tokens, with a bar that counts them, and a note for every prompt that was cut."""
+    steps = network.generator_config.tokens_per_image
+    with progress("drawing", number * len(prompts) * steps) as advance, cuts_told():
+        return network.generate_tokens(
+            prompts,
+            seed=seed,
+            n=number,
+            cfg_scale=sampling.cfg_scale,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            cfg_schedule=sampling.cfg_schedule,
+            cfg_interval=sampling.cfg_interval,
+            batch_size=batch_size,
+            progress=advance,
+        )
+
+
+@contextmanager
+def cuts_told() -> Iterator[None]:
+    """Turns the core's warnings of cut prompts into notes, one line each."""
+    from qlip_core.generator.generate import PromptCut
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PromptCut)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, PromptCut):
+            note(f"warning: {warning.message}")
+
+
+def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
+    """What a picture follows from, besides its prompt and its number."""
+    from dataclasses import asdict
+    from importlib.metadata import version
+
+    from qlip_core.hub import hub_id
+
+    folder = network.checkpoint.folder
+    settings = asdict(sampling) | {"cfg_interval": list(sampling.cfg_interval)}
+    return {
+        "seed": seed,
+        "settings": settings,
+        "model": hub_id(folder) or folder.name,
+        "fingerprint": network.fingerprint,
+        "dtype": network.dtype,
+        "qlip": version("qlip"),
+    }
+
+
+def numbers_of(prompts: tuple[str, ...]) -> Iterator[int]:
+    """The number of each picture among those of its prompt, from 0."""
+    so_far: dict[str, int] = {}
+    for prompt in prompts:
+        yield so_far.setdefault(prompt, 0)
+        so_far[prompt] += 1
+
+
+def fill(
+    folder: PictureFolder,
+    network: Model,
+    tokens: VisualTokens,
+    records: list[dict[str, Any]],
+    batch_size: int,
+) -> None:
+    with progress("decoding", len(tokens)) as advance, folder:
+        for start in range(0, len(tokens), batch_size):
+            pictures = network.decode(tokens[start : start + batch_size])
+            for i, pixels in enumerate(pictures, start):
+                folder.add(i, pixels, text_chunks(records[i]))
+            advance(len(pictures))
+        folder.show()
+
+
+def sheet_of(pictures: np.ndarray, number: int) -> np.ndarray:
+    """Pictures uint8 [B, S, S, 3] on one sheet: a row for each prompt, or, with one picture a prompt or
+    one prompt, as near to a square as it goes."""
+    import math
+
+    import numpy as np
+
+    count, side = pictures.shape[:2]
+    columns = number if 1 < number < count else math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    step = side + _GAP
+    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * step, i % columns * step
+        sheet[y : y + side, x : x + side] = picture
+    return sheet

@@ -1,0 +1,53 @@
+"""How a picture was drawn, written into the PNG and read back from it.
+
+Three text chunks: `Description` (the prompt) and `Software`, which other programs show, and `qlip`, one JSON
+object with all that the picture follows from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+KEY = "qlip"
+
+
+def text_chunks(record: dict[str, Any]) -> dict[str, str]:
+    """Name of the chunk -> its text."""
+    prompt = record.get("prompt", "; ".join(record.get("prompts", [])))
+    return {
+        "Description": prompt,
+        "Software": f"qlip {record['qlip']}",
+        KEY: json.dumps(record, ensure_ascii=False),
+    }
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file starts as a PNG does."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `text_chunks` wrote. Raises ImageError for a picture that says nothing of the kind."""
+    from PIL import Image, UnidentifiedImageError
+
+    from qlip_core.errors import ImageError
+
+    try:
+        with Image.open(path) as image:
+            image.load()  # chunks may stand behind the pixels
+            text = getattr(image, "text", {}).get(KEY)
+    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        raise ImageError(f"{path}: damaged picture ({error})") from None
+    if text is None:
+        raise ImageError(f"{path}: says nothing of how it was made: not drawn by `qlip generate`")
+    try:
+        record = json.loads(text)
+        assert isinstance(record, dict)
+    except (ValueError, AssertionError):
+        raise ImageError(f"{path}: what it says of how it was made is damaged") from None
+    return record

@@ -1,0 +1,333 @@
+"""Reading what `qlip tokenize` wrote: any image's tokens by number, and shuffled batches for training.
+
+shards = TokenShards("tokens/", fingerprint=model.fingerprint)
+shards.tokens(slice(0, 8)), shards.captions(slice(0, 8))
+for batch in shards.batches(256, seed=0, start=step, rank=rank, world_size=world_size):
+    ...    # TokenBatch, without end; batch `step` of a rank is the same whenever it is asked for
+
+Files are mapped, so memory holds no more than the system caches. Remote sets are copied first.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlip_core.data.draws import stable_hash
+from qlip_core.data.locations import expand, local_path, scheme
+from qlip_core.data.permutation import mixed, permuted
+from qlip_core.data.samples import Tally
+from qlip_core.data.token_format import (
+    MAX_NAMED,
+    SUFFIX,
+    Header,
+    Settings,
+    decode_text,
+    read_header,
+)
+from qlip_core.errors import DataError, TokenFileError
+from qlip_core.tensorfile import DTYPES
+from qlip_core.tokens import VisualTokens
+
+Rows = int | slice | Sequence[int] | np.ndarray
+# Files mapped at a time: each takes a file descriptor, of which a process on a Mac has 256.
+MAX_MAPPED = 128
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Images of a set: their tokens (named by their keys) and captions, one a row."""
+
+    tokens: VisualTokens
+    captions: tuple[str, ...]
+    indices: np.ndarray
+    """int64 [B]: their numbers in the set."""
+    flipped: np.ndarray
+    """bool [B]: whose tokens are those of the mirror image."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+class TokenShards:
+    """All token shards of a folder, a file or a pattern as one set of images, in the input's order.
+
+    Raises TokenFileError for shards of another tokenizer than `fingerprint`, for shards that were made with
+    different settings or from different sets, and, unless `partial`, where some are missing.
+    """
+
+    def __init__(
+        self, location: str | Path, fingerprint: str | None = None, *, partial: bool = False
+    ) -> None:
+        self.location = str(location)
+        found = [(path, read_header(path)) for path in shard_files(self.location)]
+        found.sort(key=lambda item: item[1].origin.number)
+        self.paths = tuple(path for path, _ in found)
+        self.headers = tuple(header for _, header in found)
+        self._check_same(fingerprint)
+        self._check_complete(partial)
+        self.settings: Settings = self.headers[0].settings
+        # Number of the first image of each shard, and of all.
+        self._starts = np.cumsum([0, *(header.count for header in self.headers)], dtype=np.int64)
+        self._map = self._mapper()
+
+    def _check_same(self, fingerprint: str | None) -> None:
+        path, first = self.paths[0], self.headers[0]
+        if fingerprint is not None and first.settings.model != fingerprint:
+            raise TokenFileError(
+                f"{path}: made by another tokenizer ({first.settings.model}, this one is "
+                f"{fingerprint}): use that model, or tokenize the set again with this one"
+            )
+        for other_path, other in zip(self.paths, self.headers):
+            if differences := first.settings.differences(other.settings):
+                raise TokenFileError(
+                    f"{other_path}: {differences} (as in {path.name}): shards of one set are made "
+                    "with the same settings; keep each kind in a folder of its own"
+                )
+            if other.origin.of != first.origin.of:
+                raise TokenFileError(
+                    f"{other_path}: is of a set of {other.origin.of} shards and {path.name} of one "
+                    f"of {first.origin.of}: keep each set in a folder of its own"
+                )
+
+    def _check_complete(self, partial: bool) -> None:
+        numbers = [header.origin.number for header in self.headers]
+        for i in range(1, len(numbers)):
+            if numbers[i] == numbers[i - 1]:
+                raise TokenFileError(
+                    f"{self.paths[i]}: is shard {numbers[i]} of its set, and so is "
+                    f"{self.paths[i - 1].name}: keep each set in a folder of its own"
+                )
+        if len(numbers) < self.headers[0].origin.of and not partial:
+            raise TokenFileError(
+                f"{self.location}: {len(numbers)} of {self.headers[0].origin.of} token shards: finish "
+                "with the same `qlip tokenize` command, or read what there is with partial=True"
+            )
+
+    # -- what it is --------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Images, mirror images not counted."""
+        return int(self._starts[-1])
+
+    @property
+    def skipped(self) -> dict[str, Any]:
+        """Bad samples of all shards: {"counts": {reason: n}, "named": [...]}."""
+        tally = Tally(keep=MAX_NAMED)
+        for header in self.headers:
+            tally.include(header.skipped)
+        return tally.to_dict()
+
+    # -- by number ---------------------------------------------------------------------------
+
+    def tokens(self, rows: Rows, *, flipped: bool | np.ndarray = False) -> VisualTokens:
+        """Tokens of images by number (one: still a batch), named by their keys.
+
+        `flipped`, bool or [B]: of the mirror images; ValueError where the set has none.
+        """
+        indices = self._indices(rows)
+        flipped = np.broadcast_to(np.asarray(flipped, bool), len(indices))
+        if flipped.any() and not self.settings.flips:
+            raise ValueError(
+                f"{self.location}: made with augmentation none, so without mirror images"
+            )
+        packed = np.empty((len(indices), self.settings.row_bytes), np.uint8)
+        for shard, places in self._by_shard(indices):
+            rows_there = indices[places] - self._starts[shard]
+            mirrored = flipped[places]
+            packed[places[~mirrored]] = self._tensor(shard, "bits")[rows_there[~mirrored]]
+            if mirrored.any():
+                packed[places[mirrored]] = self._tensor(shard, "bits_flipped")[rows_there[mirrored]]
+        settings = self.settings
+        names = tuple(self._texts(indices, "keys", "key_offsets"))
+        return VisualTokens(packed, settings.length, settings.grid, settings.model, names)
+
+    def captions(self, rows: Rows) -> list[str]:
+        """Captions of images by number."""
+        return self._texts(self._indices(rows), "captions", "caption_offsets")
+
+    def keys(self, rows: Rows) -> list[str]:
+        """Keys of images by number: what their set calls them."""
+        return self._texts(self._indices(rows), "keys", "key_offsets")
+
+    # -- in order ----------------------------------------------------------------------------
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        flip: float = 0.5,
+    ) -> Iterator[TokenBatch]:
+        """`batch(step, …)` for step = start, start + 1, … without end."""
+        step = start
+        while True:
+            yield self.batch(
+                step, batch_size, seed=seed, rank=rank, world_size=world_size, flip=flip
+            )
+            step += 1
+
+    def batch(
+        self,
+        step: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        flip: float = 0.5,
+    ) -> TokenBatch:
+        """What `rank` of `world_size` trains on at `step`, `batch_size` images: a matter of arithmetic.
+
+        All ranks' batches, step by step and rank by rank, make one endless row in which every
+        `len(self)` places hold each image once, shuffled anew by (seed, epoch). Where the set has mirror
+        images, one is taken with chance `flip`, drawn for each place. Raises TokenFileError for an empty set.
+        """
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank (={rank}) must be from 0 to world_size - 1 (={world_size - 1})")
+        if batch_size < 1 or step < 0:
+            raise ValueError(
+                f"batch_size (={batch_size}) must be positive, step (={step}) not negative"
+            )
+        count = len(self)
+        if not count:
+            raise TokenFileError(
+                f"{self.location}: holds no image, so there is nothing to train on"
+            )
+        places = (step * world_size + rank) * batch_size + np.arange(batch_size, dtype=np.int64)
+        epochs = places // count
+        indices = np.empty(batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            key = stable_hash(f"tokens seed {seed} epoch {epoch}")
+            indices[here] = permuted(places[here] - epoch * count, count, key)
+        flipped = np.zeros(batch_size, bool)
+        if self.settings.flips:
+            drawn = mixed(places.astype(np.uint64), stable_hash(f"tokens seed {seed} flip"))
+            flipped = (drawn >> np.uint64(11)) * 2.0**-53 < flip
+        return self._batch(indices, flipped)
+
+    def once(
+        self, batch_size: int, *, rank: int = 0, world_size: int = 1, flipped: bool = False
+    ) -> Iterator[TokenBatch]:
+        """Each image once, in the order of the set; batches are dealt to the ranks in turn."""
+        for number in range(rank, math.ceil(len(self) / batch_size), world_size):
+            stop = min(len(self), (number + 1) * batch_size)
+            indices = np.arange(number * batch_size, stop, dtype=np.int64)
+            yield self._batch(indices, np.full(len(indices), flipped))
+
+    def _batch(self, indices: np.ndarray, flipped: np.ndarray) -> TokenBatch:
+        tokens = self.tokens(indices, flipped=flipped)
+        return TokenBatch(tokens, tuple(self.captions(indices)), indices, flipped)
+
+    # -- files -------------------------------------------------------------------------------
+
+    def _indices(self, rows: Rows) -> np.ndarray:
+        """int64 [B] in range(len(self))."""
+        count = len(self)
+        if isinstance(rows, slice):
+            return np.arange(*rows.indices(count), dtype=np.int64)
+        indices = np.atleast_1d(np.asarray(rows))
+        if indices.size == 0:
+            return np.empty(0, np.int64)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise TypeError(
+                f"images are named by integers, got {indices.dtype} {list(indices.shape)}"
+            )
+        outside = indices[(indices < -count) | (indices >= count)]
+        if len(outside):
+            raise IndexError(f"image {outside[0]} of {count} in {self.location}")
+        indices = indices.astype(np.int64)
+        return np.where(indices < 0, indices + count, indices)
+
+    def _by_shard(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(shard, which of `indices` lie in it)."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        for shard in np.unique(shards):
+            yield int(shard), np.flatnonzero(shards == shard)
+
+    def _texts(self, indices: np.ndarray, blob: str, offsets: str) -> list[str]:
+        texts = [""] * len(indices)
+        for shard, places in self._by_shard(indices):
+            data, bounds = self._tensor(shard, blob), self._tensor(shard, offsets)
+            for place, row in zip(
+                places.tolist(), (indices[places] - self._starts[shard]).tolist()
+            ):
+                begin, end = int(bounds[row]), int(bounds[row + 1])
+                if not 0 <= begin <= end <= len(data):
+                    raise TokenFileError(
+                        f"{self.paths[shard]}: {offsets} of image {row} are {begin} and {end}, "
+                        f"in {len(data)} bytes: damaged; tokenize this shard again"
+                    )
+                texts[place] = decode_text(data[begin:end].tobytes())
+        return texts
+
+    def _tensor(self, shard: int, name: str) -> np.ndarray:
+        entry = self.headers[shard].entries[name]
+        dtype = DTYPES[entry.dtype]
+        count = math.prod(entry.shape)
+        if not count:
+            return np.empty(entry.shape, dtype)
+        return np.frombuffer(self._map(shard), dtype, count, entry.start).reshape(entry.shape)
+
+    def _mapper(self) -> Callable[[int], mmap.mmap]:
+        return lru_cache(MAX_MAPPED)(lambda shard: _mapped(self.paths[shard], self.headers[shard]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the maps, which each process makes its own of."""
+        return {name: value for name, value in self.__dict__.items() if name != "_map"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._map = self._mapper()
+
+
+def shard_files(location: str) -> list[Path]:
+    """The token shards that `location` stands for: a folder's, one file, or {…} and * for many.
+
+    Raises TokenFileError where there are none.
+    """
+    try:
+        addresses = expand(location)
+    except DataError as error:
+        raise TokenFileError(str(error)) from None
+    paths: list[Path] = []
+    for address in addresses:
+        if scheme(address):
+            raise TokenFileError(
+                f"{address}: token shards are read by mapping: copy them here first"
+            )
+        path = local_path(address)
+        paths += sorted(visible_shards(path)) if path.is_dir() else [path]
+    if not paths:
+        raise TokenFileError(f"{location}: no token shards (*{SUFFIX}) in this folder")
+    return paths
+
+
+def visible_shards(folder: Path) -> list[Path]:
+    """Files of a folder that are named as token shards; a hidden one is being written."""
+    return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
+
+
+def _mapped(path: Path, header: Header) -> mmap.mmap:
+    try:
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:
+        raise TokenFileError(f"{path}: cannot be read any more ({error})") from None
+    if len(whole) != header.size:
+        raise TokenFileError(
+            f"{path}: has {len(whole)} bytes and had {header.size} when the set was opened: "
+            "open it again"
+        )
+    return whole

@@ -1,0 +1,189 @@
+"""`qlip generate`, and what `qlip info` reads back from its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import Qlip, runner
+from configurations import random_weights
+from PIL import Image
+
+import qlip_core as qlip
+from qlip_cli.generate import picture_names, sheet_of
+from qlip_core.generator.architecture import init_weights
+from qlip_core.generator.checkpoint import save_generator
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.sampling import Sampling
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    """The tiny preset with a generator of random weights."""
+    tiny = qlip.PRESETS["tiny"]
+    ids = {"bos_token_id": 518, "eos_token_id": 519, "pad_token_id": 519}
+    config = replace(tiny, text_config=replace(tiny.text_config, **ids))
+    folder = tmp_path_factory.mktemp("drawing") / "tiny"
+    qlip.save_checkpoint(
+        folder, config, random_weights(config, seed=1), tokenizer_from=tokenizer_folder
+    )
+    ours = GeneratorConfig(
+        32, 1, 2, group_size=7, prefix_length=8, sampling=Sampling(cfg_scale=2.0)
+    ).fitted(config, qlip.open_checkpoint(folder).fingerprint)
+    weights = {name: 4 * values for name, values in init_weights(ours).items()}
+    save_generator(folder / "generator", ours, weights)
+    return folder
+
+
+@pytest.fixture
+def cli(
+    drawing: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Qlip:
+    monkeypatch.chdir(tmp_path)
+    return runner(drawing, capsys)
+
+
+@pytest.fixture(scope="module")
+def model(drawing: Path) -> qlip.Model:
+    return qlip.load(drawing, backend="numpy")
+
+
+def pixels(path: str) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+def test_one_picture_with_its_history(cli: Qlip, model: qlip.Model) -> None:
+    run = cli("generate", "a cät", "--seed", "3", "--top-k", "9", "--save-tokens")
+    assert (run.code, run.err) == (0, "")
+    assert run.out == "a-cät-3.png: 1 picture, 64x64 pixels, seed 3\na-cät-3.qlip: their tokens\n"
+    expected = model.generate("a cät", seed=3, top_k=9)
+    np.testing.assert_array_equal(pixels("a-cät-3.png"), expected[0])
+    tokens = qlip.VisualTokens.load("a-cät-3.qlip")
+    assert tokens == model.generate_tokens("a cät", seed=3, top_k=9)
+    record = cli("info", "a-cät-3.png", "--json", plain=True).json
+    assert record == {
+        "picture": "a-cät-3.png",
+        "prompt": "a cät",
+        "number": 0,
+        "seed": 3,
+        "settings": {
+            "temperature": 1.0,
+            "top_k": 9,
+            "top_p": 1.0,
+            "cfg_scale": 2.0,
+            "cfg_schedule": "constant",
+            "cfg_interval": [0.0, 1.0],
+        },
+        "model": "tiny",
+        "fingerprint": model.fingerprint,
+        "dtype": "float32",
+        "qlip": qlip.__version__,
+    }
+    assert Image.open("a-cät-3.png").text["Description"] == "a cät"  # type: ignore[attr-defined]
+    text = cli("info", "a-cät-3.png", plain=True).out
+    assert "prompt        a cät" in text and "top_k         9" in text
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_other_backends_draw_the_same(cli: Qlip, model: qlip.Model, backend: str) -> None:
+    assert cli("generate", "a cat", "--backend", backend, "-o", "x").code == 0
+    difference = pixels("x.png").astype(int) - model.generate("a cat")[0]
+    assert np.abs(difference).max() <= 1
+
+
+def test_several_go_to_a_folder(cli: Qlip, model: qlip.Model) -> None:
+    Path("prompts.txt").write_text("a dog\n\n a cat \n")
+    run = cli("generate", "", "--prompts-file", "prompts.txt", "-n", "2", "--json")
+    assert (run.code, run.err) == (0, "")
+    names = ["picture-0-1", "picture-0-2", "a-dog-0-1", "a-dog-0-2", "a-cat-0-1", "a-cat-0-2"]
+    assert run.json["files"] == [f"generated/{name}.png" for name in names]
+    assert [d["prompt"] for d in run.json["drawn"]] == ["", "", "a dog", "a dog", "a cat", "a cat"]
+    expected = model.generate(["", "a dog", "a cat"], n=2)
+    for name, picture in zip(run.json["files"], expected):
+        np.testing.assert_array_equal(pixels(name), picture)
+    record = cli("info", "generated/a-dog-0-2.png", "--json", plain=True).json
+    assert (record["prompt"], record["number"]) == ("a dog", 1)
+    assert sorted(p.name for p in Path().iterdir()) == ["generated", "prompts.txt"]
+
+
+def test_a_sheet(cli: Qlip, model: qlip.Model) -> None:
+    run = cli("generate", "a dog", "a cat", "-n", "3", "--grid", "-o", "sheet.png")
+    assert run.code == 0
+    sheet = pixels("sheet.png")
+    assert sheet.shape == (2 * 64 + 2, 3 * 64 + 4, 3)
+    expected = model.generate(["a dog", "a cat"], n=3)
+    np.testing.assert_array_equal(sheet[66:, 132:], expected[5])
+    assert (sheet[64:66] == 255).all()
+    record = cli("info", "sheet.png", "--json", plain=True).json
+    assert record["prompts"] == ["a dog"] * 3 + ["a cat"] * 3
+
+
+def test_sheets_are_near_to_square() -> None:
+    for count, number, shape in ((5, 1, (2, 3)), (4, 4, (2, 2)), (6, 2, (3, 2)), (1, 1, (1, 1))):
+        rows, columns = shape
+        sheet = sheet_of(np.zeros((count, 8, 8, 3), np.uint8), number)
+        assert sheet.shape == (rows * 10 - 2, columns * 10 - 2, 3)
+
+
+def test_names_follow_prompts() -> None:
+    assert picture_names(["A cat!", "a dog", "a cat", "…"], 5) == [
+        "a-cat-5-1.png",
+        "a-dog-5.png",
+        "a-cat-5-2.png",
+        "picture-5.png",
+    ]
+    [long] = picture_names(["x" * 500], 0)
+    assert len(long) == 66
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], 'no prompts: give some, as in `qlip generate "a cat"`'),
+        (["a", "--seed", "x"], "invalid value for '--seed'"),
+        (["a", "--seed", "-1"], "seed (=-1) must be 0 to 2^64 - 1"),
+        (["a", "--top-k", "129"], "top_k (=129) must be 0 (all) to 128"),
+        (["a", "--top-p", "0"], "top_p (=0.0) must be above 0"),
+        (["a", "--cfg-scale", "nan"], "cfg_scale (=nan) must be a number from 0 to 100"),
+        (["a", "--cfg-schedule", "cosine"], 'cfg_schedule is "cosine"'),
+        (["a", "--prompts-file", "absent.txt"], "absent.txt: cannot be read"),
+        (["a", "--generator", "absent"], "absent: no such folder"),
+        (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
+        (["a", "-o", "there.png"], "there.png: exists already"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    cli: Qlip, arguments: list[str], message: str
+) -> None:
+    Path("there.png").write_bytes(b"")
+    run = cli("generate", *arguments)
+    assert (run.code, run.out) == (2, "")
+    assert run.err.startswith("error: ") and message in run.err and run.err.count("\n") == 1
+    assert [p.name for p in Path().iterdir()] == ["there.png"]
+
+
+def test_cut_prompts_are_told(cli: Qlip) -> None:
+    run = cli("generate", "cat " * 10, "-o", "x.png")
+    assert run.code == 0 and Path("x.png").exists()
+    assert run.err.startswith("warning: prompt ") and run.err.endswith("its end is cut\n")
+
+
+def test_an_interrupted_run_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qlip.Model, "decode", interrupted)
+    assert cli("generate", "a", "b", "--save-tokens").code == 130
+    assert not list(Path().iterdir())
+
+
+def test_pictures_of_other_origin(cli: Qlip) -> None:
+    Image.new("RGB", (4, 4)).save("plain.png")
+    run = cli("info", "plain.png", plain=True)
+    assert run.code == 2 and "says nothing of how it was made" in run.err
+    assert cli("info", "--json").json["generator"]["tokens_per_image"] == 256
