@@ -2,8 +2,8 @@
 
     python benchmarks/generate.py [--backend torch] [--size B] [--tokens 64] [--rounds 3] [--threads 2]
 
-All figures of a line come from the same run, measured in turns, the best of `--rounds` each, because
-the ratios are what matters: one picture (batch 1, float32) in sub-tokens a second, and that as a share of
+All figures of a line come from the same run, measured in turns, medians over `--rounds`, because the
+ratios are what matters: one picture (batch 1, float32) in sub-tokens a second, and that as a share of
 what the plain products of a step allow, with the weights as a checkpoint holds them ([out, in]);
 beside it the share of the bandwidth that summing the same weights reaches. Then bfloat16 against
 float32, 8 pictures against one, guidance against none, and a plain loop over `transformers`' Llama of the
@@ -61,19 +61,24 @@ def drawing(network: GeneratorNetwork, order: Draw) -> Timed:
     return run
 
 
-def best_of(rounds: int, timed: dict[str, Timed]) -> dict[str, float]:
-    """Least seconds of each, measured in turns."""
-    best = {name: run() for name, run in timed.items()}
-    for _ in range(rounds):
-        for name, run in timed.items():
-            best[name] = min(best[name], run())
-    return best
+def in_turns(rounds: int, **timed: Timed) -> dict[str, np.ndarray]:
+    """Seconds of each in every round, [rounds]; one round before them warms up."""
+    for run in timed.values():
+        run()
+    seconds = [[run() for run in timed.values()] for _ in range(rounds)]
+    return dict(zip(timed, np.array(seconds).T))
+
+
+def median(seconds: np.ndarray) -> float:
+    return float(np.median(seconds))
 
 
 # -- the framework's own -----------------------------------------------------------------------
 
 
-def torch_products(matrices: list[np.ndarray], device: str, dtype: str) -> dict[str, Timed]:
+def torch_products(
+    matrices: list[np.ndarray], device: str, dtype: str, times: int
+) -> dict[str, Timed]:
     import torch
     import torch.nn.functional as F
 
@@ -89,10 +94,10 @@ def torch_products(matrices: list[np.ndarray], device: str, dtype: str) -> dict[
             with torch.inference_mode():
                 wait()
                 start = time.perf_counter()
-                for _ in range(4):
+                for _ in range(times):
                     work()
                 wait()
-                return (time.perf_counter() - start) / 4
+                return time.perf_counter() - start
 
         return run
 
@@ -102,7 +107,9 @@ def torch_products(matrices: list[np.ndarray], device: str, dtype: str) -> dict[
     }
 
 
-def mlx_products(matrices: list[np.ndarray], device: str, dtype: str) -> dict[str, Timed]:
+def mlx_products(
+    matrices: list[np.ndarray], device: str, dtype: str, times: int
+) -> dict[str, Timed]:
     import mlx.core as mx
 
     kind = getattr(mx, dtype)
@@ -113,9 +120,9 @@ def mlx_products(matrices: list[np.ndarray], device: str, dtype: str) -> dict[st
     def timed(work: Callable[[], list[mx.array]]) -> Timed:
         def run() -> float:
             start = time.perf_counter()
-            for _ in range(4):
+            for _ in range(times):
                 mx.eval(work())
-            return (time.perf_counter() - start) / 4
+            return time.perf_counter() - start
 
         return run
 
@@ -214,38 +221,31 @@ def report(
 
     wide = network("float32")
     one = drawing(wide, order_of(config, 1, tokens, unguided))
-    best = best_of(args.rounds, {"one": one, **products(matrices, device, "float32")})
-    rate, limit = tokens / best["one"], 1 / best["products"]
-    print(f"one picture, float32       {rate:8.1f} sub-tokens/s")
-    print(f"  of the plain products    {rate / limit:8.0%}  ({limit:.1f} a second, "
-          f"{gigabytes * limit:.1f} GB/s)")  # fmt: skip
-    print(f"  of the read bandwidth    {rate * best['reads']:8.0%}  "
-          f"({gigabytes / best['reads']:.1f} GB/s)")  # fmt: skip
+    own = products(matrices, device, "float32", tokens)
+    took = in_turns(args.rounds, one=one, **own)
+    limit = tokens / median(took["products"])
+    print(f"one picture, float32     {tokens / median(took['one']):8.1f} sub-tokens/s")
+    print(f"  of the plain products  {median(took['products'] / took['one']):8.0%}"
+          f"  ({limit:.1f} a second, {gigabytes * limit:.1f} GB/s)")  # fmt: skip
+    print(f"  of the read bandwidth  {median(took['reads'] / took['one']):8.0%}"
+          f"  ({gigabytes * tokens / median(took['reads']):.1f} GB/s)")  # fmt: skip
+    del own
 
-    narrow = network("bfloat16")
-    half = drawing(narrow, order_of(config, 1, tokens, unguided))
-    best = best_of(args.rounds, {"one": one, "half": half})
-    print(f"bfloat16                   {best['one'] / best['half']:8.2f} x float32 "
-          f"({tokens / best['half']:.1f}/s)")  # fmt: skip
-    del narrow
+    def line(name: str, other: Timed, pictures: int = 1) -> None:
+        took = in_turns(args.rounds, one=one, other=other)
+        times = pictures * median(took["one"] / took["other"])
+        rate = pictures * tokens / median(took["other"])
+        print(f"{name:25}{times:8.2f} x its sub-tokens/s ({rate:.1f})")
 
-    eight = drawing(wide, order_of(config, 8, tokens, unguided))
-    best = best_of(args.rounds, {"one": one, "eight": eight})
-    print(f"8 pictures at once         {8 * best['one'] / best['eight']:8.2f} x one "
-          f"({8 * tokens / best['eight']:.1f}/s)")  # fmt: skip
-
-    guided = drawing(wide, order_of(config, 1, tokens, plain))
-    best = best_of(args.rounds, {"one": one, "guided": guided})
-    print(f"guidance                   {best['guided'] / best['one']:8.2f} x the time of none")
-
+    line("bfloat16", drawing(network("bfloat16"), order_of(config, 1, tokens, unguided)))
+    line("8 pictures at once", drawing(wide, order_of(config, 8, tokens, unguided)), 8)
+    line("guided", drawing(wide, order_of(config, 1, tokens, plain)))
     if args.backend == "torch" and device == "cpu":
         loop = plain_loop(config, tokens)
         if loop is None:
-            print("transformers               not installed")
-            return
-        best = best_of(args.rounds, {"one": one, "loop": loop})
-        print(f"transformers' Llama        {best['loop'] / best['one']:8.2f} x its speed "
-              f"({tokens / best['loop']:.1f}/s)")  # fmt: skip
+            print("transformers' Llama: not installed")
+        else:
+            line("transformers' Llama", loop)
 
 
 if __name__ == "__main__":
