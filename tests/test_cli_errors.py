@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) 
     cli("encode", "good.png", "good.png")
     before = left()
 
-    def full(*_: object) -> NoReturn:
+    def full(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
@@ -422,7 +422,14 @@ COMMAND = [sys.executable, "-m", "qlip_cli.main"]
 def test_interrupting_leaves_nothing(cli: Qlip, tiny_model: Path) -> None:
     os.mkfifo("slow.png")
     command = [*COMMAND, "encode", "good.png", "slow.png", "-m", str(tiny_model), "-b", "numpy"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests started in the background of a shell ignore SIGINT, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with open("slow.png", "wb"):  # opens when the command has begun to read it
         process.send_signal(signal.SIGINT)
         time.sleep(0.2)
