@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import qlip_core as qlip
+from qlip_cli.main import main
 from qlip_cli.tokenize import place
 from qlip_core import bsq
 from qlip_core.data import token_shards
@@ -482,6 +483,17 @@ def test_what_the_command_prints(cli: Qlip, tars: str) -> None:
     ]
     ran = cli("tokenize", tars, "-o", "out")
     assert "2 shards made, 2 there already" in ran.out
+
+
+def test_info_tells_what_a_shard_holds(
+    whole: Path, model: qlip.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sorted(whole.glob("*.safetensors"))[0]
+    assert main(["info", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["model"] == model.fingerprint and said["bytes_per_image"] == 224
+    assert (said["number"], said["length"], said["grid"]) == (0, 28, [8, 8])
+    assert said["images"] == len(TokenShards(path, partial=True))
 
 
 def test_a_shard_that_cannot_be_read_is_left_for_the_next_run(cli: Qlip, tars: str) -> None:

@@ -64,8 +64,8 @@ def info(
 
     if target is not None and model is not None:
         raise QlipError(f"two models named, {target} and --model {model}: name one")
-    if target is not None and is_token_file(Path(target)):
-        describe_tokens(Path(target), json)
+    if target is not None and (kind := tokens_kind(Path(target))):
+        (describe_tokens if kind == "file" else describe_shard)(Path(target), json)
         return
     if target is not None and is_picture(Path(target)):
         describe_picture(Path(target), json)
@@ -87,20 +87,61 @@ def info(
 # -- token files -------------------------------------------------------------------------------
 
 
-def is_token_file(path: Path) -> bool:
-    """A `.qlip` file, or one of another name that says in its header that it holds tokens."""
+def tokens_kind(path: Path) -> str:
+    """ "file" for a `.qlip` file, whatever its name; "shard" for one that `qlip tokenize` wrote; else ""."""
+    from qlip_core.data import token_format
     from qlip_core.errors import CheckpointError
     from qlip_core.tensorfile import TensorFile
     from qlip_core.tokens import FORMAT
 
     if path.suffix == ".qlip":
-        return True
+        return "file"
     if not path.is_file():
-        return False
+        return ""
     try:
-        return TensorFile(path).metadata.get("format") == FORMAT
+        said = TensorFile(path).metadata.get("format", "")
     except CheckpointError:
-        return False
+        return ""
+    return {FORMAT: "file", token_format.FORMAT: "shard"}.get(said, "")
+
+
+def describe_shard(path: Path, json: bool) -> None:
+    from qlip_core.data.token_format import read_header
+
+    header = read_header(path)
+    settings, origin = header.settings, header.origin
+    h, w = settings.grid
+    document = {
+        "token_shard": str(path),
+        "images": header.count,
+        "grid": [h, w],
+        "length": settings.length,
+        "bytes_per_image": settings.row_bytes,
+        "file_bytes": header.size,
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "augmentation": settings.augmentation,
+        "source": origin.source,
+        "shard": origin.shard,
+        "number": origin.number,
+        "of": origin.of,
+        "skipped": header.skipped,
+    }
+    if json:
+        print_json(document)
+        return
+    flipped = ", each with its mirror image" if settings.flips else ""
+    print_line(str(path))
+    print_facts(
+        [
+            ("images", f"{header.count:,}{flipped}"),
+            ("code", f"{h}x{w} patches of {settings.length} bits, computed in {settings.dtype}"),
+            ("size", f"{size_text(settings.row_bytes)} an image, {size_text(header.size)} in all"),
+            ("made by", settings.model),
+            ("from", f"{origin.shard} (shard {origin.number + 1} of {origin.of})"),
+        ],
+        indent=2,
+    )
 
 
 def describe_tokens(path: Path, json: bool) -> None:
