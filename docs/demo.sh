@@ -11,5 +11,9 @@ say() { printf '\n$ qlip %s\n' "$*"; "$BIN/qlip" "$@"; }
 say encode "$PICTURE" --backend mlx -o "$OUT/chelsea.qlip" --force
 say info "$OUT/chelsea.qlip"
 say decode "$OUT/chelsea.qlip" --backend mlx -o "$OUT/chelsea.png" --force
-say reconstruct "$PICTURE" --backend mlx -o "$OUT/chelsea-both.png" --force
-printf '\nInput beside output: %s\n' "$OUT/chelsea-both.png"
+say reconstruct "$PICTURE" --backend mlx -o "$OUT/chelsea-both.png" --force --show
+# The model that ships was trained on emoji scenes alone: this is what it is good at.
+say reconstruct docs/images/emoji --backend mlx -o "$OUT/emoji-both.png" --force
+say classify docs/images/emoji --backend mlx \
+  --labels "a cat,a dog,a red apple,a guitar,a car,a house,a pizza,a rocket"
+printf '\nInput beside output: %s and %s\n' "$OUT/chelsea-both.png" "$OUT/emoji-both.png"

@@ -217,6 +217,15 @@ def test_reconstruct(cli: Qlip, model: qlip.Model) -> None:
     np.testing.assert_array_equal(sheet[-64:, -64:], after[0])
 
 
+def test_show_draws_two_pixels_a_character(cli: Qlip) -> None:
+    lines = cli("reconstruct", "a.png", "--show").out.splitlines()
+    drawn = [line for line in lines if "▀" in line]
+    assert [line.count("▀") for line in drawn] == [80] * 19  # 132 x 64 pixels in 80 columns
+    small = Image.open("a-reconstructed.png").convert("RGB").resize((80, 38))
+    upper, lower = (";".join(map(str, np.asarray(small)[y, 0])) for y in (0, 1))
+    assert drawn[0].startswith(f"\x1b[38;2;{upper};48;2;{lower}m▀")
+
+
 def test_classify(cli: Qlip, model: qlip.Model, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a cat\nin, and out\n\n", encoding="utf-8")
     arguments = ["--labels", "a cat, a dog", "--labels-file", "labels.txt"]

@@ -11,7 +11,15 @@ from qlip_cli import options
 from qlip_cli.inputs import Failures, collect_images
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import picture_file, save_picture
-from qlip_cli.terminal import note, print_json, print_line, print_table, printable, progress
+from qlip_cli.terminal import (
+    note,
+    print_json,
+    print_line,
+    print_picture,
+    print_table,
+    printable,
+    progress,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +45,9 @@ def reconstruct(
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 16,
+    show: Annotated[
+        bool, typer.Option("--show", help="Also draw it here, in the terminal's colours.")
+    ] = False,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -72,7 +83,8 @@ def reconstruct(
                     rows.append((label, score, before[i], after[i]))
             advance(len(positions))
     failures.check_some_left()
-    save_picture(path, picture_of(rows))
+    picture = picture_of(rows)
+    save_picture(path, picture)
 
     mean = [
         sum(column) / len(scores) for column in ([s[1] for s in scores], [s[2] for s in scores])
@@ -88,6 +100,8 @@ def reconstruct(
             }
         )
     else:
+        if show:
+            print_picture(picture)
         table = [(n, f"{p:.2f} dB", f"{s:.4f}") for n, p, s in scores]
         if len(scores) > 1:
             table.append(("mean", f"{mean[0]:.2f} dB", f"{mean[1]:.4f}"))

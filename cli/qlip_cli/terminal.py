@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.console import Console
     from rich.table import Table
 
@@ -122,6 +123,22 @@ def _width(text: str) -> int:
     from rich.cells import cell_len
 
     return cell_len(printable(text))
+
+
+def print_picture(picture: Image.Image) -> None:
+    """A picture in the terminal's colours, two pixels a character, as wide as fits (80 at most)."""
+    columns = min(80, _stdout().width, picture.width)
+    lines = max(1, round(picture.height * columns / picture.width / 2))
+    small = picture.convert("RGB").resize((columns, 2 * lines))
+    pixels = small.tobytes()
+
+    def colour(x: int, y: int) -> str:
+        at = 3 * (y * columns + x)
+        return ";".join(map(str, pixels[at : at + 3]))
+
+    for y in range(0, 2 * lines, 2):
+        cells = (f"\x1b[38;2;{colour(x, y)};48;2;{colour(x, y + 1)}m▀" for x in range(columns))
+        print("".join(cells) + "\x1b[0m")
 
 
 # -- stderr ------------------------------------------------------------------------------------
