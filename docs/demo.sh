@@ -14,6 +14,4 @@ say decode "$OUT/chelsea.qlip" --backend mlx -o "$OUT/chelsea.png" --force
 say reconstruct "$PICTURE" --backend mlx -o "$OUT/chelsea-both.png" --force --show
 # The model that ships was trained on emoji scenes alone: this is what it is good at.
 say reconstruct docs/images/emoji --backend mlx -o "$OUT/emoji-both.png" --force
-say classify docs/images/emoji --backend mlx \
-  --labels "a cat,a dog,a red apple,a guitar,a car,a house,a pizza,a rocket"
 printf '\nInput beside output: %s and %s\n' "$OUT/chelsea-both.png" "$OUT/emoji-both.png"

@@ -78,7 +78,8 @@ def as_float32(raw: np.ndarray, dtype: str, where: str) -> np.ndarray:
     if dtype not in FLOATS:
         raise CheckpointError(f"{where} is stored as {dtype}, expected floating point")
     if dtype == "BF16":
-        return (raw.astype(np.uint32) << 16).view(np.float32)
+        # numpy makes a scalar of a 0-d array that is shifted; the caller gets an array in any case.
+        return np.asarray(raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
 

@@ -74,6 +74,7 @@ def test_written_checkpoints_come_back(official: Path, tmp_path: Path, dtype: st
     back = qlip.open_checkpoint(folder)
     tolerance = {"float32": 0, "bfloat16": 2**-8, "float16": 2**-11}[dtype]
     for name, values in back.tensors().items():
+        assert isinstance(values, np.ndarray) and values.shape == weights[name].shape
         np.testing.assert_allclose(
             values, weights[name], rtol=tolerance, atol=1e-6 * (tolerance > 0)
         )
