@@ -17,7 +17,7 @@ class Trainer(Protocol):
     """Training by recipe: names of shipped ones or paths, changed by "key=value"."""
 
     def recipes(self) -> list[str]:
-        """Names of the shipped recipes."""
+        """Names of the shipped recipes of tokenizers."""
         ...
 
     def train(
@@ -32,6 +32,19 @@ class Trainer(Protocol):
         dry_run: bool,
     ) -> dict[str, Any]:
         """Run stages "1", "2" or "all" in the folder `out`; what came out, for JSON."""
+        ...
+
+    def train_generator(
+        self,
+        recipe: str | None,
+        changes: Sequence[str],
+        *,
+        out: Path,
+        resume: bool,
+        steps: int | None,
+        dry_run: bool,
+    ) -> dict[str, Any]:
+        """Train a generator for a tokenizer in the folder `out` (SPEC section 4)."""
         ...
 
     def balance(

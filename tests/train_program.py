@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from qlip_core.errors import QlipError
+from qlip_torch.train.generator.recipe import GeneratorRecipe
+from qlip_torch.train.generator.run import train_generator
 from qlip_torch.train.loop import Interrupted
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
@@ -33,15 +35,20 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("--stage", default="1")
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--generator", action="store_true")
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--kill", type=int, nargs=2, metavar=("RANK", "STEP"))
     options = parser.parse_args()
     if options.kill:
         kill_at(*options.kill)
     torch.set_num_threads(1)
-    recipe = Recipe.load(options.recipe, options.set)
     try:
-        train(recipe, stage=options.stage, out=options.out, resume=options.resume)
+        if options.generator:
+            made_for = GeneratorRecipe.load(options.recipe, options.set)
+            train_generator(made_for, out=options.out, resume=options.resume)
+        else:
+            recipe = Recipe.load(options.recipe, options.set)
+            train(recipe, stage=options.stage, out=options.out, resume=options.resume)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code

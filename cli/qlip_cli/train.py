@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,13 +11,15 @@ from qlip_cli import options
 from qlip_cli.options import Force, Json
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
-BALANCE, EXPORT = "balance", "export"
+GENERATOR, BALANCE, EXPORT = "generator", "balance", "export"
 
 
 def train(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[balance|export] [RECIPE|RUN]", show_default=False, hidden=True),
+        typer.Argument(
+            metavar="[generator|balance|export] [RECIPE|RUN]", show_default=False, hidden=True
+        ),
     ] = None,
     stage: Annotated[str, typer.Option(metavar="1|2|all", help="Which stage.")] = "all",
     data: Annotated[
@@ -25,7 +27,8 @@ def train(
         typer.Option(
             metavar="SOURCE",
             show_default=False,
-            help="Shards, folder or parquet to train on instead of the recipe's; may be repeated.",
+            help="Shards, folder or parquet to train on instead of the recipe's; may be repeated. "
+            "For a generator also token shards.",
         ),
     ] = None,
     out: Annotated[
@@ -52,9 +55,11 @@ def train(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Train a tokenizer by a recipe: the shipped ones by name, any by path.
+    """Train a tokenizer, or a generator for one, by a recipe: the shipped ones by name, any by path.
 
     `qlip train` alone trains the small emoji model, both stages, in about ten minutes on two cores.
+    `qlip train generator` trains text to image over a tokenizer (--set tokenizer=DIR), from captioned
+    images or from token shards (--data, made by `qlip tokenize`); `qlip generate --generator` draws with it.
     `qlip train balance RECIPE` finds the weights of the two objectives; `qlip train export RUN -o DIR`
     writes a run's newest checkpoint as a model (--dtype says how it is stored). For several devices:
     `torchrun --nproc-per-node 8 -m qlip_cli train RECIPE`.
@@ -64,7 +69,7 @@ def train(
 
     trainer = get_trainer(backend)
     mode, rest = "", list(words or [])
-    if rest and rest[0] in (BALANCE, EXPORT):
+    if rest and rest[0] in (GENERATOR, BALANCE, EXPORT):
         mode = rest.pop(0)
     if len(rest) > 1:
         raise typer.BadParameter(f"one recipe at a time, got {' '.join(rest)}")
@@ -83,8 +88,10 @@ def train(
             print_line(str(written))
         return
     recipe = rest[0] if rest else None
-    settings = [*(changes or []), *_sources(data)]
-    name = recipe or "emoji"
+    default = "generator-emoji" if mode == GENERATOR else "emoji"
+    sources = _generator_sources(data) if mode == GENERATOR else _sources(data)
+    settings = [*(changes or []), *sources]
+    name = recipe or default
     run = out or Path("runs") / (Path(name).stem + ("-balance" if mode == BALANCE else ""))
     if mode == BALANCE:
         found = trainer.balance(name, settings, out=run, resume=resume, steps=steps)
@@ -100,24 +107,50 @@ def train(
             raise RecipeError("a run is resumed with its own recipe: leave out --set and --data")
     else:
         recipe = name
+    if mode == GENERATOR:
+        if stage != "all":
+            raise typer.BadParameter("--stage is the tokenizer's: a generator has one")
+        made = trainer.train_generator(
+            recipe, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
+        )
+        _tell(made, [made["generator"]], json, dry_run)
+        return
     result = trainer.train(
         recipe, settings, stage=stage, out=run, resume=resume, steps=steps, dry_run=dry_run
     )
+    _tell(result, [*result["models"].values(), result["report"]], json, dry_run)
+
+
+def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: bool) -> None:
     if json:
         print_json(result)
     elif dry_run:
         note("dry run: everything was built, nothing trained")
     else:
-        for path in (*result["models"].values(), result["report"]):
+        for path in paths:
             if path:
                 print_line(path)
 
 
-def _sources(data: list[str] | None) -> list[str]:
+def _sources(data: list[str] | None, where: str = "data") -> list[str]:
     """--data as a change of the recipe."""
     import json
 
     if not data:
         return []
     tables = ", ".join(f"{{ location = {json.dumps(d)}, weight = 1.0 }}" for d in data)
-    return [f"data.sources=[{tables}]"]
+    return [f"{where}.sources=[{tables}]"]
+
+
+def _generator_sources(data: list[str] | None) -> list[str]:
+    """The same for a generator: token shards, of which there is one set, or images."""
+    import json
+
+    from qlip_core.data.token_shards import is_token_set
+
+    shards = [d for d in data or [] if is_token_set(d)]
+    if not shards:
+        return [*_sources(data, "data.images"), *(['data.tokens=""'] if data else [])]
+    if data != shards[:1]:
+        raise typer.BadParameter("--data names token shards: then it is one set, and nothing else")
+    return [f"data.tokens={json.dumps(shards[0])}"]

@@ -314,6 +314,15 @@ def shard_files(location: str) -> list[Path]:
     return paths
 
 
+def is_token_set(location: str) -> bool:
+    """Whether `location` names token shards, by the names of its files: a folder, file or pattern."""
+    try:
+        paths = shard_files(location)
+    except TokenFileError:
+        return False
+    return all(path.suffix == SUFFIX for path in paths)
+
+
 def visible_shards(folder: Path) -> list[Path]:
     """Files of a folder that are named as token shards; a hidden one is being written."""
     return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]

@@ -165,6 +165,7 @@ class Loader:
             torch.cat([part.batch.pixels for part in parts]),
             torch.cat([part.batch.ids for part in parts]),
             [key for part in parts for key in part.batch.keys],
+            [caption for part in parts for caption in part.batch.captions],
         )
 
     def _checked(self, item: Part | Failure) -> Part:

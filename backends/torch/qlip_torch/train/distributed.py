@@ -209,14 +209,19 @@ class Spread:
     syncing: Callable[[bool], AbstractContextManager[None]]
 
 
-def prepare_blocks(blocks: Iterable[nn.Module], engine: EngineRecipe) -> None:
-    """torch.compile and activation checkpointing, block by block, in place; names stay as they are."""
+def prepare_blocks(
+    blocks: Iterable[nn.Module], engine: EngineRecipe, *, random: bool = False
+) -> None:
+    """torch.compile and activation checkpointing, block by block, in place; names stay as they are.
+
+    `random`: the blocks have dropout, which the second forward of checkpointing must repeat.
+    """
     for block in blocks:
         forward: Callable[..., Any] = block.forward
         if engine.compile:
             forward = torch.compile(forward)
         if engine.activation_checkpointing:
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random)
         block.forward = forward
 
 

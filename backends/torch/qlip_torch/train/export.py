@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,21 +11,27 @@ from qlip_core.architecture import architecture
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError
+from qlip_core.generator.architecture import architecture as generator_architecture
+from qlip_core.generator.checkpoint import save_generator
+from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.train.checkpoints import latest_checkpoint, read_checkpoint, read_state
+from qlip_torch.train.recipe import GENERATOR
 
 TRAINED = {1: ("text", "encoder", "down", "up", "decoder"), 2: ("down", "up", "decoder")}
 
 
 def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
-    """Write the newest model of a run, whatever its stage and step, as a checkpoint folder `out`.
+    """Write the newest model of a run, whatever its stage and step, as a checkpoint folder `out`; of a
+    generator's run, as a generator's folder.
 
     dtype: how the weights are stored, float32, float16 or bfloat16. Raises CheckpointError where the
     run has no checkpoint yet.
     """
     run = Path(run_folder)
     for folder in (run / "stage2", run / "stage1", run):
-        if latest_checkpoint(folder / "checkpoints") is not None:
-            return export_stage(folder, Path(out), dtype=dtype)
+        if (path := latest_checkpoint(folder / "checkpoints")) is not None:
+            kind = export_generator if read_state(path)["stage"] == GENERATOR else export_stage
+            return kind(folder, Path(out), dtype=dtype)
     raise CheckpointError(
         f"{run}: no checkpoint in it to export: not a run folder, or none is done"
     )
@@ -35,10 +42,7 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
 
     After stage 2, text tower and encoder are those it started from, bit for bit.
     """
-    path = latest_checkpoint(folder / "checkpoints")
-    if path is None:
-        raise CheckpointError(f"{folder}: no checkpoint in it to export")
-    state = read_state(path)
+    path, state = _newest(folder)
     config = QLIPConfig.from_dict(state["config"])
     prefix = "ema" if state["numbers"]["ema_updates"] else "model"
     tensors = {
@@ -59,3 +63,23 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     return save_checkpoint(
         out, config, weights, dtype=dtype, tokenizer_from=state["tokenizer"], card=card
     )
+
+
+def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
+    """The newest checkpoint of a generator's run as a generator's folder: its moving average where it
+    keeps one."""
+    path, state = _newest(folder)
+    config = GeneratorConfig.from_dict(state["config"])
+    prefix = "ema" if state["numbers"]["ema_updates"] else "model"
+    shapes = {name: spec.shape for name, spec in generator_architecture(config).items()}
+    tensors = {f"{prefix}.{name}": torch.empty(shape) for name, shape in shapes.items()}
+    read_checkpoint(path, tensors)
+    weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}
+    return save_generator(out, config, weights, dtype=dtype)
+
+
+def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:
+    path = latest_checkpoint(folder / "checkpoints")
+    if path is None:
+        raise CheckpointError(f"{folder}: no checkpoint in it to export")
+    return path, read_state(path)

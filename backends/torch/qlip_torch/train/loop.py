@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from qlip_core.config import QLIPConfig
+from torch import Tensor
+
 from qlip_core.errors import QlipError
 from qlip_torch.train.checkpoints import Checkpoints
-from qlip_torch.train.data import Loader
-from qlip_torch.train.distributed import StopRequest
+from qlip_torch.train.distributed import StopRequest, World
 from qlip_torch.train.metrics import Metrics
-from qlip_torch.train.recipe import Recipe
-from qlip_torch.train.stage import Stage
+from qlip_torch.train.recipe import CheckpointRecipe, StepsRecipe
+from qlip_torch.train.stage import StepReport
 
 
 class Interrupted(QlipError):
@@ -25,15 +26,48 @@ class Interrupted(QlipError):
         self.exit_code = exit_code
 
 
+class Described(Protocol):
+    """A recipe or a configuration, as a checkpoint remembers it."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class Trained(Protocol):
+    """What is trained: stage 1 or 2 of the tokenizer (`qlip_torch.train.stage`), or the generator."""
+
+    @property
+    def number(self) -> int | str: ...
+    @property
+    def recipe(self) -> StepsRecipe: ...
+    @property
+    def world(self) -> World: ...
+
+    def step(self, batches: Any, step: int, *, probe: bool = False) -> StepReport: ...
+    def tensors(self) -> dict[str, Tensor]: ...
+    def numbers(self) -> dict[str, Any]: ...
+
+
+class Feed(Protocol):
+    """Micro-batches of this rank without end, and where they have come to."""
+
+    def __next__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a stage's loop is made of."""
 
-    recipe: Recipe
-    config: QLIPConfig
+    recipe: Described
+    config: Described
+    checkpoint: CheckpointRecipe
+    pictures: int
+    """Steps between pictures; 0 is never."""
+    gradients: int
+    """Steps between looks at the gradient of each loss; 0 is never."""
     tokenizer_folder: Path
-    stage: Stage
-    loader: Loader
+    stage: Trained
+    loader: Feed
     checkpoints: Checkpoints
     stop: StopRequest
     metrics: Metrics | None
@@ -48,9 +82,9 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
     Raises NonFiniteError when a term is not finite (the last checkpoint is kept), Interrupted after
     a signal.
     """
-    recipe, stage, world = parts.recipe, parts.stage, parts.stage.world
+    stage, world = parts.stage, parts.stage.world
     micro_batches = stage.recipe.micro_batches(world.size)
-    every = recipe.log.gradients
+    every = parts.gradients
     for step in range(start, until):
         batches = [next(parts.loader) for _ in range(micro_batches)]
         report = stage.step(batches, step, probe=bool(every) and step % every == 0)
@@ -59,12 +93,12 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
             parts.metrics.record(done, report)
         parts.checkpoints.poll()
         stopping = world.any(parts.stop.signal is not None)
-        if stopping or done == until or done % recipe.checkpoints.every == 0:
+        if stopping or done == until or done % parts.checkpoint.every == 0:
             save(parts, done)
         if stopping:
             parts.checkpoints.wait()
             raise Interrupted(done, parts.stop.exit_code)
-        if recipe.log.pictures and (done % recipe.log.pictures == 0 or done == until):
+        if parts.pictures and (done % parts.pictures == 0 or done == until):
             began = time.perf_counter()
             parts.show(done)
             if parts.metrics is not None:

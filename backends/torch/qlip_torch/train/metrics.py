@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 from qlip_core.config import QLIPConfig
-from qlip_torch.train.recipe import LogRecipe
 from qlip_torch.train.stage import StepReport
 from qlip_torch.train.throughput import forward_flops, matmul_rate, peak_memory
 
@@ -55,9 +54,9 @@ class Metrics:
     def __init__(
         self,
         folder: str | Path,
-        log: LogRecipe,
+        every: int,
         *,
-        stage: int,
+        stage: int | str,
         steps: int,
         start: int,
         batch: int,
@@ -67,7 +66,8 @@ class Metrics:
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._log, self._stage, self._steps, self._batch = log, stage, steps, batch
+        self._every, self._steps, self._batch = every, steps, batch
+        self._stage = stage if isinstance(stage, str) else f"stage {stage}"
         self._code_dim, self._speed, self._device = code_dim, speed, device
         _forget_after(self.folder / METRICS, start)
         before = read_metrics(self.folder)
@@ -81,10 +81,10 @@ class Metrics:
         self._rate = 0.0
 
     def record(self, done: int, report: StepReport) -> None:
-        """After `done` steps: a line of JSON every `log.metrics` steps, and the live line."""
+        """After `done` steps: a line of JSON every so many steps, and the live line."""
         now = time.perf_counter()
         last = done == self._steps
-        if done % self._log.metrics == 0 or last or report.layer_norms:
+        if done % self._every == 0 or last or report.layer_norms:
             self._seconds += now - self._time
             self._rate = (done - self._step) * self._batch / max(now - self._time, 1e-9)
             self._step, self._time = done, now
@@ -128,13 +128,13 @@ class Metrics:
         self._file.flush()
         if self._board is not None:
             for name, value in _flat(values):
-                self._board.add_scalar(f"stage{self._stage}/{name}", value, done)
+                self._board.add_scalar(f"{self._stage.replace(' ', '')}/{name}", value, done)
 
     def line(self, done: int, report: StepReport) -> str:
         """The live line."""
         terms = "  ".join(f"{name} {_short(report.terms[name])}" for name in _shown(report))
         parts = [
-            f"stage {self._stage}  {done}/{self._steps}",
+            f"{self._stage}  {done}/{self._steps}",
             f"loss {_short(report.total)}",
             terms,
         ]

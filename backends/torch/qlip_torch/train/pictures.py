@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -23,11 +23,13 @@ Tokenize = Callable[[Sequence[str]], np.ndarray]
 
 @dataclass(frozen=True)
 class Batch:
-    """pixels: float32 [b, 3, S, S], normalised; ids: int64 [b, T]; keys: b names, for messages and logs."""
+    """pixels: float32 [b, 3, S, S], normalised; ids: int64 [b, T] of the b captions; keys: b names, for
+    messages and logs."""
 
     pixels: Tensor
     ids: Tensor
     keys: list[str]
+    captions: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -109,4 +111,5 @@ class Preparer:
             torch.from_numpy(pixels),
             torch.from_numpy(np.ascontiguousarray(ids, dtype=np.int64)),
             [key for key, _, _ in rows],
+            [caption for _, _, caption in rows],
         )

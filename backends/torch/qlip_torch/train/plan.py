@@ -7,7 +7,7 @@ one image's forward on the CPU keeps for backward, in the precision of the run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qlip_core.architecture import PARTS, parameter_count
 from qlip_core.config import QLIPConfig
-from qlip_torch.model import QLIP, Block
+from qlip_torch.model import QLIP
 from qlip_torch.train.discriminator import Discriminator
 from qlip_torch.train.perceptual import Lpips
 from qlip_torch.train.precision import Precision
@@ -72,9 +72,9 @@ class Plan:
             f"{self.images * self.flops:.2e} FLOPs",
             f"  {self.devices} device(s), {self.micro_batches} x {self.micro_batch} images each a "
             f"step ({passes}), {self.precision}",
-            f"  memory per device about {_size(self.bytes)}: weights, gradients and optimizer "
-            f"{_size(self.state_bytes)}, activations {_size(self.activation_bytes)}, "
-            f"losses {_size(self.loss_bytes)}",
+            f"  memory per device about {size_text(self.bytes)}: weights, gradients and optimizer "
+            f"{size_text(self.state_bytes)}, activations {size_text(self.activation_bytes)}, "
+            f"losses {size_text(self.loss_bytes)}",
         ]
         if self.devices != self.meant_for:
             out.append(
@@ -84,7 +84,7 @@ class Plan:
         return out
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
 
 
@@ -155,7 +155,7 @@ def _count(module: nn.Module) -> int:
 # -- activations -------------------------------------------------------------------------------
 
 
-class _Kept:
+class Kept:
     """Bytes that autograd keeps, those inside a block apart."""
 
     def __init__(self) -> None:
@@ -177,7 +177,7 @@ class _Kept:
         return tensor
 
     @contextlib.contextmanager
-    def watching(self, blocks: list[Block]) -> Iterator[None]:
+    def watching(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
         def enter(block: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             self._inside = torch.is_grad_enabled()
             self.blocks.append(0)
@@ -214,7 +214,7 @@ def activation_bytes(
     precision = Precision(half, torch.device("cpu"))
     kept = []
     for count in (1, 2):
-        found = _Kept()
+        found = Kept()
         pixels = torch.zeros(count, 3, config.image_size, config.image_size)
         with found.watching(model.blocks()):
             if stage == 1:

@@ -11,13 +11,17 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import qlip_core
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import ConfigError, RecipeError
 from qlip_torch.train.data import DataConfig
 from qlip_torch.train.strict import build, load_toml, plain, to_toml, toml_value
+
+TOKENIZER, GENERATOR = "tokenizer", "generator"
+_COMMANDS = {TOKENIZER: "qlip train", GENERATOR: "qlip train generator"}
+R = TypeVar("R", bound="RecipeFile")
 
 # -- the model ---------------------------------------------------------------------------------
 
@@ -72,14 +76,16 @@ class ModelRecipe:
         Raises RecipeError for sizes that fit no model.
         """
         base = PRESETS[self.preset]
-        given = _given(vocab_size=self.text.vocabulary, max_position_embeddings=self.text.context)
+        given = given_only(
+            vocab_size=self.text.vocabulary, max_position_embeddings=self.text.context
+        )
         vocabulary = self.text.vocabulary
         if vocabulary is not None and not special_ids:
             # Placeholders inside the vocabulary; a tokenizer brings its own.
             special_ids = {f"{kind}_token_id": vocabulary - 1 for kind in ("pad", "bos", "eos")}
-        projection = _given(projection_dim=self.projection_dim)
-        images = _given(image_size=self.image_size, patch_size=self.patch_size)
-        quantizer = _given(
+        projection = given_only(projection_dim=self.projection_dim)
+        images = given_only(image_size=self.image_size, patch_size=self.patch_size)
+        quantizer = given_only(
             embed_dim=self.bits,
             group_size=self.group_size,
             inv_temperature=self.inv_temperature,
@@ -112,12 +118,12 @@ class ModelRecipe:
             raise RecipeError(str(error)) from None
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def given_only(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
 def _sizes(tower: TowerRecipe) -> dict[str, Any]:
-    return _given(
+    return given_only(
         hidden_size=tower.width,
         intermediate_size=tower.intermediate,
         num_hidden_layers=tower.layers,
@@ -160,12 +166,12 @@ class RatesRecipe:
     decoder: float = 2e-3
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "rest", "encoder", "text", "decoder")
+        at_least(self, 0, "rest", "encoder", "text", "decoder")
 
 
 @dataclass(frozen=True)
-class StageRecipe:
-    """What both stages have. `batch` is the global one; `micro_batch` what one forward takes."""
+class StepsRecipe:
+    """Steps of an optimizer. `batch` is the global one; `micro_batch` what one forward takes."""
 
     steps: int = 120_000
     batch: int = 65_536
@@ -176,17 +182,10 @@ class StageRecipe:
     clip: float = 5.0
     ema: float = 0.0
     """Decay of the moving average of the weights that is exported instead of them; 0 is none."""
-    mse: float = 1.0
-    """a_r"""
-    bsq: float = 1.0
-    """a_q"""
-    commitment: float = 0.0
-    """a_z"""
-    learning_rate: RatesRecipe = field(default_factory=RatesRecipe)
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "batch", "micro_batch")
-        _at_least(self, 0, "warmup", "weight_decay", "mse", "bsq", "commitment")
+        at_least(self, 1, "steps", "batch", "micro_batch")
+        at_least(self, 0, "warmup", "weight_decay")
         if self.clip <= 0:
             raise RecipeError(f"clip (={self.clip}) must be positive")
         if not 0 <= self.ema < 1:
@@ -211,6 +210,23 @@ class StageRecipe:
 
 
 @dataclass(frozen=True)
+class StageRecipe(StepsRecipe):
+    """What both stages have."""
+
+    mse: float = 1.0
+    """a_r"""
+    bsq: float = 1.0
+    """a_q"""
+    commitment: float = 0.0
+    """a_z"""
+    learning_rate: RatesRecipe = field(default_factory=RatesRecipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 0, "mse", "bsq", "commitment")
+
+
+@dataclass(frozen=True)
 class Stage1Recipe(StageRecipe):
     """Reconstruction and alignment together, LAMB (SPEC section 3)."""
 
@@ -225,8 +241,8 @@ class Stage1Recipe(StageRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "align")
-        _at_least(self, 1, "max_logit_scale")
+        at_least(self, 0, "align")
+        at_least(self, 1, "max_logit_scale")
 
 
 @dataclass(frozen=True)
@@ -242,8 +258,8 @@ class DiscriminatorRecipe:
     """Step from which the generator hears it; it trains from the first."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "learning_rate", "r1_weight", "start")
-        _at_least(self, 1, "r1_every", "base_channels", "max_channels")
+        at_least(self, 0, "learning_rate", "r1_weight", "start")
+        at_least(self, 1, "r1_every", "base_channels", "max_channels")
 
 
 @dataclass(frozen=True)
@@ -268,7 +284,7 @@ class Stage2Recipe(StageRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least(self, 0, "lpips", "gan")
+        at_least(self, 0, "lpips", "gan")
         if self.lpips and not self.perceptual:
             raise RecipeError(
                 "lpips is not 0 and perceptual names no weights: give a safetensors file, "
@@ -311,8 +327,8 @@ class LogRecipe:
     picture_count: int = 8
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "gradients", "pictures")
-        _at_least(self, 1, "metrics", "picture_count")
+        at_least(self, 0, "gradients", "pictures")
+        at_least(self, 1, "metrics", "picture_count")
 
 
 @dataclass(frozen=True)
@@ -325,38 +341,29 @@ class CheckpointRecipe:
     """After SIGTERM: how long a checkpoint may take before the process ends without it."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "every", "keep", "grace_seconds")
+        at_least(self, 1, "every", "keep", "grace_seconds")
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """A whole run."""
+class RecipeFile:
+    """A whole run as a TOML file: reading, changing, writing. `KIND` says what is trained."""
 
-    name: str = ""
-    description: str = ""
-    devices: int = 1
-    """Number of devices the sizes are meant for."""
-    seed: int = 0
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    start: StartRecipe = field(default_factory=StartRecipe)
-    data: DataConfig = field(default_factory=DataConfig)
-    stage1: Stage1Recipe = field(default_factory=Stage1Recipe)
-    stage2: Stage2Recipe = field(default_factory=Stage2Recipe)
-    engine: EngineRecipe = field(default_factory=EngineRecipe)
-    log: LogRecipe = field(default_factory=LogRecipe)
-    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "devices")
-        _at_least(self, 0, "seed")
+    KIND: ClassVar[str]
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Raises RecipeError for an unknown key (naming the nearest) or an impossible value."""
+    def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+        """Raises RecipeError for an unknown key (naming the nearest), an impossible value, or a recipe
+        of another kind."""
+        kind = values.get("kind", TOKENIZER)
+        if kind != cls.KIND and kind in _COMMANDS:
+            raise RecipeError(
+                f"this is the recipe of a {kind}, not of a {cls.KIND}: run it as "
+                f"`{_COMMANDS[kind]} RECIPE`"
+            )
         return build(cls, values)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Recipe:
+    def from_file(cls: type[R], path: str | Path) -> R:
         path = Path(path)
         try:
             values = load_toml(path)
@@ -367,12 +374,7 @@ class Recipe:
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 
-    @classmethod
-    def load(cls, name: str | Path = "emoji", changes: Iterable[str] = ()) -> Recipe:
-        """A shipped recipe by its name or any by its path, with `changes` ("a.b=c") applied."""
-        return cls.from_file(find_recipe(name)).changed(changes)
-
-    def changed(self, changes: Iterable[str]) -> Recipe:
+    def changed(self: R, changes: Iterable[str]) -> R:
         """A copy with "a.b=value" applied, the value in TOML or, where it is a word, as it stands."""
         values = self.to_dict()
         for change in changes:
@@ -397,6 +399,36 @@ class Recipe:
         return to_toml(self.to_dict())
 
 
+@dataclass(frozen=True)
+class Recipe(RecipeFile):
+    """A whole run of the tokenizer's training."""
+
+    KIND = TOKENIZER
+
+    name: str = ""
+    description: str = ""
+    devices: int = 1
+    """Number of devices the sizes are meant for."""
+    seed: int = 0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    start: StartRecipe = field(default_factory=StartRecipe)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage1: Stage1Recipe = field(default_factory=Stage1Recipe)
+    stage2: Stage2Recipe = field(default_factory=Stage2Recipe)
+    engine: EngineRecipe = field(default_factory=EngineRecipe)
+    log: LogRecipe = field(default_factory=LogRecipe)
+    checkpoints: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "devices")
+        at_least(self, 0, "seed")
+
+    @classmethod
+    def load(cls, name: str | Path = "emoji", changes: Iterable[str] = ()) -> Recipe:
+        """A shipped recipe by its name or any by its path, with `changes` ("a.b=c") applied."""
+        return cls.from_file(find_recipe(name)).changed(changes)
+
+
 # -- finding and reading -----------------------------------------------------------------------
 
 
@@ -406,11 +438,13 @@ def recipe_folders() -> list[Path]:
     return [package / "recipes", package.parent / "recipes"]
 
 
-def recipe_names() -> list[str]:
-    return sorted({path.stem for folder in recipe_folders() for path in folder.glob("*.toml")})
+def recipe_names(kind: str = TOKENIZER) -> list[str]:
+    """Names of the shipped recipes of a kind, "tokenizer" or "generator"."""
+    paths = (path for folder in recipe_folders() for path in folder.glob("*.toml"))
+    return sorted({path.stem for path in paths if load_toml(path).get("kind", TOKENIZER) == kind})
 
 
-def find_recipe(name: str | Path) -> Path:
+def find_recipe(name: str | Path, kind: str = TOKENIZER) -> Path:
     """The file of a shipped recipe's name, or of a path. Raises RecipeError, listing what there is."""
     if Path(name).is_file():
         return Path(name)
@@ -418,14 +452,13 @@ def find_recipe(name: str | Path) -> Path:
         path = folder / f"{name}.toml"
         if path.is_file():
             return path
-    near = difflib.get_close_matches(str(name), recipe_names(), n=1)
+    names = recipe_names(kind)
+    near = difflib.get_close_matches(str(name), names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise RecipeError(
-        f"no recipe {str(name)!r}: a path, or one of {', '.join(recipe_names())}{hint}"
-    )
+    raise RecipeError(f"no recipe {str(name)!r}: a path, or one of {', '.join(names)}{hint}")
 
 
-def _at_least(recipe: Any, least: float, *names: str) -> None:
+def at_least(recipe: Any, least: float, *names: str) -> None:
     for name in names:
         value = getattr(recipe, name)
         if not value >= least:

@@ -41,7 +41,7 @@ from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.plan import Plan, make_plan
-from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.recipe import Recipe, RecipeFile
 from qlip_torch.train.report import write_report
 from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
@@ -136,25 +136,31 @@ def _settled(
         ]
         recipe = recipe.changed(changes)
     if kept.is_file():
-        if not resume:
-            raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
-        if changed := _difference(Recipe.from_file(kept).to_dict(), recipe.to_dict()):
-            raise RecipeError(
-                f"{out}: was begun with another recipe ({changed}); resume it with its own, "
-                "or start anew elsewhere (start.checkpoint continues from weights alone)"
-            )
+        check_same_run(out, Recipe.from_file(kept), recipe, resume)
     return recipe
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:
+def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) -> None:
+    """Raises RecipeError where `out`, begun with `old`, cannot go on with `new`."""
+    if not resume:
+        raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
+    if changed := difference(old.to_dict(), new.to_dict()):
+        raise RecipeError(
+            f"{out}: was begun with another recipe ({changed}); resume it with its own, "
+            "or start anew elsewhere (start.checkpoint continues from weights alone)"
+        )
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:
+    """The first value that decides the losses and is not the same in two recipes; empty if none."""
     for key in sorted(old.keys() | new.keys()):
         if (where == "" and key in _MAY_CHANGE) or (
-            where == "data." and key in _MAY_CHANGE_IN_DATA
+            where in ("data.", "data.images.") and key in _MAY_CHANGE_IN_DATA
         ):
             continue
         ours, theirs = old.get(key), new.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            if inner := _difference(ours, theirs, f"{where}{key}."):
+            if inner := difference(ours, theirs, f"{where}{key}."):
                 return inner
         elif ours != theirs:
             return f"{where}{key} was {ours!r}, now {theirs!r}"
@@ -272,6 +278,9 @@ class _Run:
                 parts = Parts(
                     self.recipe,
                     start.config,
+                    self.recipe.checkpoints,
+                    self.recipe.log.pictures,
+                    self.recipe.log.gradients,
                     start.tokenizer_folder,
                     stage,
                     loader,
@@ -313,7 +322,7 @@ class _Run:
         )
         return Metrics(
             folder,
-            self.recipe.log,
+            self.recipe.log.metrics,
             stage=stage.number,
             steps=stage.recipe.steps,
             start=done,

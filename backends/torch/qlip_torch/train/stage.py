@@ -110,9 +110,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        _fill_state(self.optimizer)
+        fill_state(self.optimizer)
         if self.companion is not None:
-            _fill_state(self.companion.optimizer)
+            fill_state(self.companion.optimizer)
         if self.recipe.ema:
             self.ema = Ema(self.model, self.recipe.ema)
 
@@ -168,14 +168,14 @@ class Stage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
-        out = _module_tensors("model", self.model, trained_only=True)
-        out |= _optimizer_tensors("optimizer", self.model, self.optimizer)
+        out = module_tensors("model", self.model, trained_only=True)
+        out |= optimizer_tensors("optimizer", self.model, self.optimizer)
         if self.ema is not None:
             out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
         if self.companion is not None:
             module = self.companion.module
-            out |= _module_tensors("discriminator", module, trained_only=False)
-            out |= _optimizer_tensors("discriminator_optimizer", module, self.companion.optimizer)
+            out |= module_tensors("discriminator", module, trained_only=False)
+            out |= optimizer_tensors("discriminator_optimizer", module, self.companion.optimizer)
         return out
 
     def numbers(self) -> dict[str, Any]:
@@ -247,7 +247,7 @@ class LayerProbe:
         }
 
 
-def _fill_state(optimizer: Optimizer) -> None:
+def fill_state(optimizer: Optimizer) -> None:
     """The state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -258,7 +258,7 @@ def _fill_state(optimizer: Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
 
 
-def _module_tensors(prefix: str, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
+def module_tensors(prefix: str, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
     return {
         f"{prefix}.{name}": p.detach()
         for name, p in module.named_parameters()
@@ -266,7 +266,7 @@ def _module_tensors(prefix: str, module: nn.Module, *, trained_only: bool) -> di
     }
 
 
-def _optimizer_tensors(prefix: str, module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(prefix: str, module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     out = {}
     for name, p in module.named_parameters():
         for key, value in optimizer.state.get(p, {}).items():

@@ -9,6 +9,8 @@ from typing import Any
 from qlip_core.training import Trainer
 from qlip_torch.train.balance import balance
 from qlip_torch.train.export import export
+from qlip_torch.train.generator.recipe import GeneratorRecipe
+from qlip_torch.train.generator.run import train_generator
 from qlip_torch.train.recipe import Recipe, recipe_names
 from qlip_torch.train.run import train
 
@@ -36,6 +38,22 @@ class TorchTrainer:
             "models": {str(number): str(path) for number, path in result.models.items()},
             "report": None if result.report is None else str(result.report),
         }
+
+    def train_generator(
+        self,
+        recipe: str | None,
+        changes: Sequence[str],
+        *,
+        out: Path,
+        resume: bool,
+        steps: int | None,
+        dry_run: bool,
+    ) -> dict[str, Any]:
+        """Raises what `qlip_torch.train.generator.run.train_generator` does."""
+        chosen = None if recipe is None else GeneratorRecipe.load(recipe, changes)
+        result = train_generator(chosen, out=out, resume=resume, steps=steps, dry_run=dry_run)
+        generator = None if result.generator is None else str(result.generator)
+        return {"out": str(result.out), "generator": generator}
 
     def balance(
         self,

@@ -1,0 +1,155 @@
+"""Micro-batches for the generator: sub-tokens with captions, from token shards or from images.
+
+Legend: b rows of this rank's micro-batch, M sub-tokens of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qlip_core import bsq
+from qlip_core.data.draws import stable_hash
+from qlip_core.data.permutation import mixed
+from qlip_core.data.token_shards import TokenShards
+from qlip_core.errors import DataError
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.model import Model
+from qlip_torch.train.data import Loader, make_loader
+from qlip_torch.train.distributed import World
+from qlip_torch.train.generator.recipe import GeneratorRecipe
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Pictures to learn: `tokens` int64 [b, M] in raster order, b captions, and `places` int64 [b], the
+    numbers of these rows in the run, whatever the number of ranks and micro-batches."""
+
+    tokens: np.ndarray
+    captions: Sequence[str]
+    places: np.ndarray
+
+
+def dropped(seed: int, places: np.ndarray, probability: float) -> np.ndarray:
+    """Whose caption gives way to the null prefix: places int64 [b] -> bool [b], by arithmetic alone."""
+    drawn = mixed(places.astype(np.uint64), stable_hash(f"null prefix seed {seed}"))
+    return (drawn >> np.uint64(11)) * 2.0**-53 < probability
+
+
+def sub_tokens(bits: np.ndarray, config: GeneratorConfig) -> np.ndarray:
+    """Bits uint8 [b, N, L] -> sub-tokens int64 [b, M], raster order."""
+    return bsq.bits_to_integers(bits, config.group_size).reshape(len(bits), -1)
+
+
+class TokenFeed:
+    """From token shards. Raises TokenFileError for those of another tokenizer."""
+
+    def __init__(
+        self,
+        recipe: GeneratorRecipe,
+        config: GeneratorConfig,
+        fingerprint: str,
+        world: World,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self._shards = TokenShards(recipe.data.tokens, fingerprint)
+        self._recipe, self._config, self._world = recipe, config, world
+        self._rows = _rows_of_rank(recipe, world)
+        self._identity = {"images": len(self._shards), "tokens": recipe.data.tokens}
+        self._samples = 0
+        if state is not None:
+            if state["data"] != self._identity:
+                raise DataError(
+                    f"{recipe.data.tokens}: the run was begun with {state['data']['images']} images, "
+                    f"now there are {len(self._shards)}: restore the shards, or start anew elsewhere"
+                )
+            self._samples = state["samples"]
+
+    def __next__(self) -> Rows:
+        world, rows = self._world, self._rows
+        number = self._samples // (rows * world.size)
+        batch = self._shards.batch(
+            number,
+            rows,
+            seed=self._recipe.seed,
+            rank=world.rank,
+            world_size=world.size,
+            flip=self._recipe.data.flip,
+        )
+        places = self._samples + world.rank * rows + np.arange(rows, dtype=np.int64)
+        self._samples += rows * world.size
+        tokens = batch.tokens.groups(self._config.group_size).reshape(rows, -1)
+        return Rows(tokens, batch.captions, places)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"data": self._identity, "samples": self._samples}
+
+    def opened(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class ImageFeed:
+    """From captioned images, through the frozen tokenizer."""
+
+    def __init__(
+        self,
+        recipe: GeneratorRecipe,
+        config: GeneratorConfig,
+        tokenizer: Model,
+        world: World,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self._config, self._tokenizer, self._world = config, tokenizer, world
+        self._rows = _rows_of_rank(recipe, world)
+        preprocessing = tokenizer.preprocessing
+        self._loader: Loader = make_loader(
+            recipe.data.images,
+            image_size=tokenizer.config.image_size,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+            tokenizer=no_ids,
+            batch_size=self._rows * world.size,
+            rank=world.rank,
+            world_size=world.size,
+            state=state,
+        )
+
+    def __next__(self) -> Rows:
+        first = self._loader.samples + self._world.rank * self._rows
+        batch = next(self._loader)
+        bits = self._tokenizer.network.encode(batch.pixels.numpy())
+        places = first + np.arange(self._rows, dtype=np.int64)
+        return Rows(sub_tokens(bits, self._config), batch.captions, places)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict()
+
+    def opened(self) -> AbstractContextManager[Any]:
+        return self._loader
+
+
+def make_feed(
+    recipe: GeneratorRecipe,
+    config: GeneratorConfig,
+    tokenizer: Model,
+    world: World,
+    state: dict[str, Any] | None = None,
+) -> TokenFeed | ImageFeed:
+    """This rank's feed, from the beginning or from a saved state."""
+    if recipe.data.tokens:
+        return TokenFeed(recipe, config, tokenizer.fingerprint, world, state)
+    return ImageFeed(recipe, config, tokenizer, world, state)
+
+
+def no_ids(texts: Sequence[str]) -> np.ndarray:
+    """For the loader, which tokenizes in its workers: here captions go on as text."""
+    return np.zeros((len(texts), 0), np.int64)
+
+
+def _rows_of_rank(recipe: GeneratorRecipe, world: World) -> int:
+    micro_batches = recipe.training.micro_batches(world.size)
+    return recipe.training.batch // micro_batches // world.size

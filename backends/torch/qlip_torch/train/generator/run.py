@@ -1,0 +1,261 @@
+"""A whole run of a generator's training, in a folder that says everything about it.
+
+OUT/recipe.toml    the recipe as it is run
+OUT/metrics.jsonl, curves.png, pictures/, checkpoints/
+OUT/generator/     the trained generator, once all steps are done
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import qlip_core
+from qlip_core.errors import RecipeError
+from qlip_core.generator.architecture import init_weights
+from qlip_core.generator.checkpoint import FOLDER
+from qlip_core.generator.conditioning import Conditioner, TextTower
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.hub import find_model
+from qlip_core.model import Model
+from qlip_torch.generator import Generator
+from qlip_torch.t5 import T5Encoder
+from qlip_torch.train.checkpoints import Checkpoints
+from qlip_torch.train.data import merge_states
+from qlip_torch.train.distributed import StopRequest, World, joined
+from qlip_torch.train.export import export_generator
+from qlip_torch.train.figures import save_curves
+from qlip_torch.train.generator.feed import make_feed
+from qlip_torch.train.generator.plan import GeneratorPlan, forward_flops, make_plan
+from qlip_torch.train.generator.recipe import GeneratorRecipe
+from qlip_torch.train.generator.samples import save_samples
+from qlip_torch.train.generator.stage import GeneratorStage
+from qlip_torch.train.loop import Parts, train_stage
+from qlip_torch.train.metrics import Metrics, Speed, read_metrics
+from qlip_torch.train.run import RECIPE, check_same_run
+from qlip_torch.train.throughput import matmul_rate
+
+
+@dataclass(frozen=True)
+class GeneratorResult:
+    """What a run left behind."""
+
+    out: Path
+    generator: Path | None
+    """The exported generator; None after a dry run."""
+    plan: GeneratorPlan | None
+    """On the first rank, unless the run had been finished before."""
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def train_generator(
+    recipe: GeneratorRecipe | None,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    steps: int | None = None,
+    dry_run: bool = False,
+    say: Callable[[str], None] = _to_stderr,
+) -> GeneratorResult:
+    """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
+
+    Arguments and errors are those of `qlip_torch.train.run.train`; CheckpointError for a tokenizer that is
+    not there, TokenFileError for token shards of another one.
+    """
+    out = Path(out)
+    recipe = _settled(recipe, out, resume, steps)
+    with joined(recipe.engine) as world, StopRequest(recipe.checkpoints.grace_seconds) as stop:
+        run = _Run(recipe, out, world, stop, say)
+        if dry_run:
+            return GeneratorResult(out, None, run.dry())
+        if world.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+        world.barrier()
+        plan = run.train()
+    return GeneratorResult(out, out / FOLDER, plan)
+
+
+def _settled(
+    recipe: GeneratorRecipe | None, out: Path, resume: bool, steps: int | None
+) -> GeneratorRecipe:
+    kept = out / RECIPE
+    if recipe is None:
+        if not kept.is_file():
+            raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
+        recipe = GeneratorRecipe.from_file(kept)
+    if steps is not None:
+        recipe = recipe.changed([f"training.steps={steps}"])
+    if kept.is_file():
+        check_same_run(out, GeneratorRecipe.from_file(kept), recipe, resume)
+    return recipe
+
+
+class _Run:
+    """A run on this rank: the frozen tokenizer, the generator fitted to it, and the steps."""
+
+    def __init__(
+        self,
+        recipe: GeneratorRecipe,
+        out: Path,
+        world: World,
+        stop: StopRequest,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.out, self.world, self.stop, self._say = recipe, out, world, stop, say
+        torch.set_float32_matmul_precision("high" if recipe.engine.tf32 else "highest")
+        self.tokenizer = load_tokenizer(recipe, world)
+        checkpoint = self.tokenizer.checkpoint
+        self.config = recipe.model.config().fitted(
+            checkpoint.config, checkpoint.fingerprint, checkpoint.text_fingerprint
+        )
+        self.conditioner = make_conditioner(self.config, self.tokenizer, world)
+
+    def dry(self) -> GeneratorPlan | None:
+        """The plan, and everything built: weights, engine, optimizer, the first batch."""
+        plan = self._plan()
+        stage = self._build()
+        feed = make_feed(self.recipe, self.config, self.tokenizer, self.world)
+        with feed.opened():
+            stage.inputs(next(feed))
+        return plan
+
+    def train(self) -> GeneratorPlan | None:
+        """All steps, from the newest checkpoint if there is one; then the generator's folder."""
+        recipe, world, out = self.recipe, self.world, self.out
+        if (out / FOLDER / "config.json").is_file():
+            return None
+        plan = self._plan()
+        stage = self._build()
+        # Measured first: it draws random numbers, and dropout's must go on where they were.
+        speed = self._speed(stage) if world.is_first else None
+        checkpoints = Checkpoints(
+            out / "checkpoints",
+            keep=recipe.checkpoints.keep,
+            background=recipe.checkpoints.background,
+            world=world,
+        )
+        # Each rank draws dropout of its own.
+        torch.manual_seed(recipe.seed + world.rank)
+        done, data = 0, None
+        if (latest := checkpoints.latest()) is not None:
+            resumed = checkpoints.load(latest, stage.tensors())
+            stage.restore_numbers(resumed.state["numbers"])
+            done = resumed.state["step"]
+            states = [rank["data"] for rank in resumed.ranks]
+            data = states[0] if recipe.data.tokens else merge_states(states)
+        feed = make_feed(recipe, self.config, self.tokenizer, world, data)
+        metrics = self._metrics(speed, done) if speed is not None else None
+        try:
+            with feed.opened():
+                if done < recipe.training.steps:
+                    parts = Parts(
+                        recipe,
+                        self.config,
+                        recipe.checkpoints,
+                        recipe.log.pictures,
+                        0,
+                        self.tokenizer.checkpoint.folder,
+                        stage,
+                        feed,
+                        checkpoints,
+                        self.stop,
+                        metrics,
+                        self._pictures(stage),
+                    )
+                    train_stage(parts, done, recipe.training.steps)
+        finally:
+            checkpoints.close()
+            if metrics is not None:
+                metrics.close()
+        if world.is_first:
+            export_generator(out, out / FOLDER)
+        world.barrier()
+        return plan
+
+    def _plan(self) -> GeneratorPlan | None:
+        # Every rank: a recipe that does not divide over them is an error on each.
+        self.recipe.training.micro_batches(self.world.size)
+        if not self.world.is_first:
+            return None
+        plan = make_plan(self.recipe, self.config, self.world.device, self.world.size)
+        for line in (*plan.lines(), f"  tokenizer: {self.tokenizer.checkpoint.folder}"):
+            self._say(line)
+        return plan
+
+    def _build(self) -> GeneratorStage:
+        model = Generator(self.config)
+        model.init_from(init_weights(self.config, self.recipe.seed))
+        model.to(self.world.device)
+        return GeneratorStage(model, self.recipe, self.world, self.conditioner)
+
+    def _speed(self, stage: GeneratorStage) -> Speed:
+        rate = matmul_rate(self.world.device, stage.precision.dtype)
+        return Speed(3 * forward_flops(self.config), rate, self.world.size)
+
+    def _metrics(self, speed: Speed, done: int) -> Metrics:
+        return Metrics(
+            self.out,
+            self.recipe.log.metrics,
+            stage="generator",
+            steps=self.recipe.training.steps,
+            start=done,
+            batch=self.recipe.training.batch,
+            code_dim=self.config.code_dim,
+            speed=speed,
+            device=self.world.device,
+        )
+
+    def _pictures(self, stage: GeneratorStage) -> Callable[[int], None]:
+        def show(done: int) -> None:
+            weights = stage.weights()
+            if self.world.is_first:
+                path = self.out / "pictures" / f"step-{done:08d}.png"
+                dtype = "bfloat16" if stage.precision.half else "float32"
+                save_samples(
+                    path,
+                    self.config,
+                    weights,
+                    self.tokenizer,
+                    self.conditioner,
+                    self.recipe.log,
+                    dtype,
+                )
+                save_curves(self.out / "curves.png", read_metrics(self.out))
+
+        return show
+
+
+def load_tokenizer(recipe: GeneratorRecipe, world: World) -> Model:
+    """The frozen tokenizer on this rank's device; of a run's folder, its newest stage."""
+    named = recipe.tokenizer
+    for inner in (Path(named) / "stage2" / "model", Path(named) / "stage1" / "model"):
+        if named and (inner / "config.json").is_file():
+            named = str(inner)
+            break
+    return qlip_core.load(
+        find_model(named or None),
+        backend="torch",
+        device=str(world.device),
+        dtype=recipe.tokenizer_dtype,
+    )
+
+
+def make_conditioner(config: GeneratorConfig, tokenizer: Model, world: World) -> Conditioner:
+    """What encodes captions: the tokenizer's text tower, or T5 on this rank's device."""
+    if config.conditioner == "t5":
+        return T5Encoder(config.t5_model, config.prefix_length, str(world.device))
+    checkpoint = tokenizer.checkpoint
+    if checkpoint.tokenizer is None:
+        raise RecipeError(
+            f"{checkpoint.folder}: has no tokenizer files, and training reads captions"
+        )
+    states, text = tokenizer.network.text_states, checkpoint.config.text_config
+    return TextTower(checkpoint.tokenizer, states, text, config.prefix_length)

@@ -1,0 +1,70 @@
+"""Pictures of a run: fixed prompts, drawn with a fixed seed by the rule that `qlip generate` follows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from qlip_core.generator.conditioning import Conditioner
+from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.generate import Request, TokenDrawer
+from qlip_core.model import Model
+from qlip_core.tokens import VisualTokens
+from qlip_torch.backend import DTYPES
+from qlip_torch.generator import load
+from qlip_torch.sampler import TorchGenerator
+from qlip_torch.train.generator.recipe import GeneratorLogRecipe
+
+_GAP, _COLUMNS, _BATCH = 2, 8, 16
+
+
+def draw_samples(
+    config: GeneratorConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: Model,
+    conditioner: Conditioner,
+    prompts: tuple[str, ...],
+    seed: int,
+    dtype: str = "float32",
+) -> np.ndarray:
+    """A picture of each prompt, uint8 [len(prompts), S, S, 3]. `weights` float32 by name."""
+    device = tokenizer.device
+    model = load(config, weights, device=torch.device(device), dtype=DTYPES[dtype])
+    drawer = TokenDrawer(config, TorchGenerator(model, device=device, dtype=dtype), conditioner)
+    request = Request.of(prompts, 1, seed, config.sampling, config.visual_vocab_size)
+    bits = np.concatenate([bits for _, bits in drawer.draw(request, _BATCH)])
+    return tokenizer.decode(VisualTokens.from_bits(bits, config.grid))
+
+
+def save_samples(
+    path: Path,
+    config: GeneratorConfig,
+    weights: Mapping[str, np.ndarray],
+    tokenizer: Model,
+    conditioner: Conditioner,
+    log: GeneratorLogRecipe,
+    dtype: str,
+) -> None:
+    """A PNG of the log's prompts, in rows; they and the seed stand in its metadata."""
+    pictures = draw_samples(config, weights, tokenizer, conditioner, log.prompts, log.seed, dtype)
+    side = pictures.shape[1]
+    scale = max(1, 128 // side)
+    step, columns = side * scale + _GAP, min(_COLUMNS, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * step, i % columns * step
+        large = picture.repeat(scale, 0).repeat(scale, 1)
+        sheet[y : y + side * scale, x : x + side * scale] = large
+    told = PngInfo()
+    told.add_itxt("prompts", "\n".join(log.prompts))
+    told.add_itxt("seed", str(log.seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    Image.fromarray(sheet).save(part, "png", pnginfo=told)
+    part.replace(path)

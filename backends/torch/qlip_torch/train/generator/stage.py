@@ -1,0 +1,154 @@
+"""One step of the generator's training: cross entropy over sub-tokens, captions dropped now and then.
+
+Legend: B rows, T prefix, M sub-tokens, V values of a sub-token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from qlip_core.generator.conditioning import Conditioner, encode_prompts
+from qlip_torch.generator import Generator
+from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, spread
+from qlip_torch.train.ema import Ema
+from qlip_torch.train.generator.feed import Rows, dropped
+from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
+from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, set_rates
+from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.recipe import GENERATOR
+from qlip_torch.train.stage import StepReport, fill_state, module_tensors, optimizer_tensors
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+LOSS = "cross_entropy"
+
+
+class LossNetwork(nn.Module):
+    """The generator as one forward of training, for an engine to wrap."""
+
+    def __init__(self, model: Generator, precision: Precision) -> None:
+        super().__init__()
+        self.model, self.precision = model, precision
+
+    def forward(self, features: Tensor, valid: Tensor, null: Tensor, tokens: Tensor) -> Tensor:
+        """Mean of -log p(sub-token | caption, sub-tokens before it) over all B*M, in nats.
+
+        Arguments are `Generator.forward`'s.
+        """
+        device = self.precision.device
+        features, valid, null, tokens = (x.to(device) for x in (features, valid, null, tokens))
+        with self.precision.autocast():
+            logits = self.model(features, valid, null, tokens)
+        with exactly(device):
+            return F.cross_entropy(lifted(logits).flatten(0, 1), tokens.flatten())
+
+
+class GeneratorStage:
+    """What the training loop steps (`qlip_torch.train.loop.Trained`)."""
+
+    number = GENERATOR
+
+    def __init__(
+        self, model: Generator, recipe: GeneratorRecipe, world: World, conditioner: Conditioner
+    ) -> None:
+        """`model` on the device of `world`, with its first weights."""
+        self.recipe: GeneratorStepsRecipe = recipe.training
+        self.model, self.world = model, world
+        self.precision = Precision.of(recipe.engine, world.device)
+        self._seed, self._conditioner = recipe.seed, conditioner
+        model.train()
+        blocks = model.blocks()
+        prepare_blocks(blocks, recipe.engine, random=model.config.dropout > 0)
+        network = LossNetwork(model, self.precision)
+        self._spread = spread(network, blocks, recipe.engine, world, half=self.precision.half)
+        self.optimizer = torch.optim.AdamW(
+            _groups(model, self.recipe), lr=self.recipe.learning_rate, betas=self.recipe.betas
+        )
+        fill_state(self.optimizer)
+        self.ema = Ema(model, self.recipe.ema) if self.recipe.ema else None
+
+    def step(self, batches: Sequence[Rows], step: int, *, probe: bool = False) -> StepReport:
+        """One update of the weights on this rank's micro-batches.
+
+        Raises NonFiniteError before the weights are touched.
+        """
+        rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
+        set_rates(self.optimizer, rate)
+        losses = []
+        for i, rows in enumerate(batches):
+            with self._spread.syncing(i == len(batches) - 1):
+                loss = self._spread.module(*self.inputs(rows))
+                (loss / len(batches)).backward()
+            losses.append(loss.detach())
+        # One wait for the device: the mean loss of the global batch and the gradient's norm.
+        loss = self.world.mean(torch.stack(losses).mean())
+        norm = clip_gradients(self.model.parameters(), self.recipe.clip, self.world)
+        value, gradient_norm = torch.stack((loss, norm)).tolist()
+        found = {LOSS: value, "gradient norm": gradient_norm}
+        if wrong := [name for name, number in found.items() if not math.isfinite(number)]:
+            raise NonFiniteError(wrong, step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        return StepReport({LOSS: value}, value, gradient_norm, rate, None)
+
+    def inputs(self, rows: Rows) -> Inputs:
+        """(features [B, T, F], valid [B, T], null [B], tokens [B, M]): captions encoded, some dropped."""
+        config = self.model.config
+        drop = dropped(self._seed, rows.places, config.null_probability)
+        told = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
+        captions = encode_prompts(told, self._conditioner, config)
+        arrays = captions.features, captions.valid, captions.null, rows.tokens
+        features, valid, null, tokens = (
+            torch.from_numpy(np.ascontiguousarray(array)) for array in arrays
+        )
+        return features, valid, null, tokens
+
+    # -- what is remembered ----------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
+        out = module_tensors("model", self.model, trained_only=True)
+        out |= optimizer_tensors("optimizer", self.model, self.optimizer)
+        if self.ema is not None:
+            out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
+        return out
+
+    def numbers(self) -> dict[str, Any]:
+        """The rest of it, as JSON types."""
+        return {"ema_updates": self.ema.updates if self.ema is not None else 0}
+
+    def restore_numbers(self, numbers: dict[str, Any]) -> None:
+        if self.ema is not None:
+            self.ema.updates = int(numbers["ema_updates"])
+
+    @torch.no_grad()
+    def weights(self) -> dict[str, np.ndarray]:
+        """All tensors as float32 by name, on the first rank ({} elsewhere): the moving average where
+        there is one. Every rank calls it."""
+        source = self.ema.shadow if self.ema is not None else dict(self.model.named_parameters())
+        out = {}
+        for name, tensor in source.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.world.is_first:
+                out[name] = whole.detach().float().cpu().numpy()
+        return out
+
+
+def _groups(model: Generator, recipe: GeneratorStepsRecipe) -> list[dict[str, Any]]:
+    """Decay on matrices, none on the norms' scales."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    scales = [p for p in model.parameters() if p.ndim < 2]
+    rate = {"lr": recipe.learning_rate, "base_lr": recipe.learning_rate}
+    return [
+        {"params": matrices, "weight_decay": recipe.weight_decay, **rate},
+        {"params": scales, "weight_decay": 0.0, **rate},
+    ]

@@ -1,0 +1,78 @@
+"""The model that ships: what `qlip.load()` gives, on the pictures that ship, the same on every backend."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import qlip_core as qlip
+from qlip_core import bsq
+from qlip_core.hub import BUNDLED
+from qlip_core.metrics import psnr
+
+SHARD = Path(__file__).parent / "data" / "emoji-64.tar"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[np.ndarray]:
+    """16 held-out emoji scenes, uint8 [64, 64, 3]."""
+    found = []
+    with tarfile.open(SHARD) as tar:
+        for member in tar:
+            if member.name.endswith(".png") and len(found) < 16:
+                file = tar.extractfile(member)
+                assert file is not None
+                found.append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def reference() -> qlip.Model:
+    return qlip.load(backend="numpy")
+
+
+def test_it_reconstructs_what_training_never_saw(
+    reference: qlip.Model, pictures: list[np.ndarray]
+) -> None:
+    near = psnr(np.stack(pictures), reference.reconstruct(pictures))
+    flat = np.stack([np.broadcast_to(p.mean((0, 1)), p.shape) for p in pictures])
+    mean_colour = psnr(np.stack(pictures), flat.round().astype(np.uint8))
+    assert near.mean() > 22 and near.mean() > mean_colour.mean() + 6
+
+
+@pytest.mark.parametrize("backend", ["torch", "mlx"])
+def test_every_backend_gives_the_same_on_trained_weights(
+    reference: qlip.Model, pictures: list[np.ndarray], backend: str
+) -> None:
+    model = qlip.load(backend=backend)
+    u, theirs = reference.latents(pictures), model.latents(pictures)
+    np.testing.assert_allclose(theirs, u, atol=1e-4)
+    clear = np.abs(u) > 1e-5
+    tokens = reference.encode(pictures)
+    np.testing.assert_array_equal(model.encode(pictures).bits[clear], bsq.quantize(u)[clear])
+    np.testing.assert_allclose(
+        model.decode_pixels(tokens), reference.decode_pixels(tokens), atol=1e-4
+    )
+    texts = ["a cat", "a red apple on a blue background"]
+    np.testing.assert_allclose(
+        model.similarity(pictures, texts),
+        reference.similarity(pictures, texts),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_every_bit_is_in_use(reference: qlip.Model, pictures: list[np.ndarray]) -> None:
+    usage = bsq.bit_usage(reference.encode(pictures).bits)
+    assert usage.shape == (28,) and usage.min() > 0.3 and usage.max() < 0.7
+
+
+def test_it_says_what_it_is() -> None:
+    checkpoint = qlip.open_checkpoint()
+    assert checkpoint.license == "apache-2.0" and checkpoint.note and checkpoint.tokenizer
+    assert sum(p.stat().st_size for p in BUNDLED.iterdir()) < 20e6
