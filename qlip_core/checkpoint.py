@@ -126,13 +126,18 @@ class Checkpoint:
         return self._card("note")
 
     def _card(self, key: str) -> str | None:
-        try:
-            text = (self.folder / "README.md").read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return None
-        front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
-        found = re.search(rf"^{key}:\s*(.+?)\s*$", front[1], re.MULTILINE) if front else None
-        return found[1].strip("\"'") if found else None
+        return stated(self.folder, key)
+
+
+def stated(folder: Path, key: str) -> str | None:
+    """What the front matter of a folder's README.md says of `key`, else None."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    found = re.search(rf"^{key}:\s*(.+?)\s*$", front[1], re.MULTILINE) if front else None
+    return found[1].strip("\"'") if found else None
 
 
 def _sampled(size: int) -> Iterator[tuple[int, int]]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qlip_core.architecture import architecture
-from qlip_core.checkpoint import open_checkpoint, save_checkpoint
+from qlip_core.checkpoint import open_checkpoint, save_checkpoint, stated
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture as generator_architecture
@@ -55,8 +55,12 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     if state["stage"] == 2:
         weights = open_checkpoint(folder / "start").tensors() | weights
     recipe = state["recipe"]
+    # What is derived from a checkpoint keeps the licence that the checkpoint stated.
+    derived = state["stage"] == 2 or recipe["start"]["checkpoint"]
+    licence = stated(Path(state["tokenizer"]), "license") if derived else None
     card = (
-        f"---\nnote: {recipe['name']}, stage {state['stage']}, step {state['step']}\n---\n\n"
+        f"---\n{f'license: {licence}' + chr(10) if licence else ''}"
+        f"note: {recipe['name']}, stage {state['stage']}, step {state['step']}\n---\n\n"
         f"# {recipe['name']}\n\n{recipe['description']}\n\n"
         f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.\n"
     )

@@ -303,7 +303,10 @@ class _Run:
             origin = self.recipe.stage2.start or str(self.out)
             source = open_checkpoint(stage1_result(origin))
             folder.mkdir(parents=True, exist_ok=True)
-            save_checkpoint(kept, source.config, source.tensors(), tokenizer_from=source.folder)
+            card = f"---\nlicense: {source.license}\n---\n" if source.license else None
+            save_checkpoint(
+                kept, source.config, source.tensors(), tokenizer_from=source.folder, card=card
+            )
         self.world.barrier()
         return start_from(open_checkpoint(kept), self.recipe.stage2.start or "stage 1 of this run")
 
