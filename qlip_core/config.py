@@ -7,15 +7,14 @@ names it, and transformers' own bookkeeping is accepted and kept on a round trip
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qlip_core.errors import ConfigError
+from qlip_core.strict import read_json, scalar, unknown_key
 
 # Written by transformers, without a meaning for the model.
 BOOKKEEPING = frozenset(
@@ -304,19 +303,7 @@ class QLIPConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> QLIPConfig:
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a checkpoint needs its config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        return read_json(path, "a checkpoint", cls.from_dict)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -329,13 +316,10 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "written"}
     known: dict[str, Any] = {}
     for key, value in values.items():
-        name = f"{where}{key}"
         if key in fields:
-            known[key] = _typed(fields[key], value, name)
+            known[key] = _typed(fields[key], value, f"{where}{key}")
         elif key not in BOOKKEEPING:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise ConfigError(f'unknown key "{name}" in the model config{hint}')
+            raise unknown_key(key, where, fields, "the model config")
     try:
         return cls(**known, written=dict(values))
     except ConfigError as error:
@@ -350,16 +334,7 @@ def _typed(spec: dataclasses.Field, value: Any, name: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a JSON object, got {value!r}")
         return _from_dict(nested[kind], value, f"{name}.")
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = {
-        "int": isinstance(value, int) and number,
-        "float": number and math.isfinite(value),
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-    }[kind]
-    if not good:
-        raise ConfigError(f"{name} must be a {kind}, got {value!r}")
-    return float(value) if kind == "float" else value
+    return scalar(kind, value, name)
 
 
 def _to_dict(config: Any) -> dict[str, Any]:

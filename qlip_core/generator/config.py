@@ -7,9 +7,7 @@ A generator is a folder of two files, `config.json` (this) and `model.safetensor
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 from qlip_core.config import MAX_LENGTH, QLIPConfig
 from qlip_core.errors import ConfigError, GenerationError
 from qlip_core.generator.sampling import Sampling
+from qlip_core.strict import read_json, scalar, unknown_key
 
 MODEL_TYPE = "qlip_generator"
 CONDITIONERS = ("none", "qlip-text", "t5")
@@ -245,19 +244,7 @@ class GeneratorConfig:
 
     @classmethod
     def from_file(cls, path: str | Path) -> GeneratorConfig:
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a generator needs its config.json") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
-        try:
-            return cls.from_dict(values)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        return read_json(path, "a generator", cls.from_dict)
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -276,9 +263,7 @@ def _read(cls: type, values: Mapping[str, Any], where: str) -> Any:
     known: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f'; did you mean "{near[0]}"?' if near else ""
-            raise ConfigError(f'unknown key "{where}{key}" in the generator\'s config{hint}')
+            raise unknown_key(key, where, fields, "the generator's config")
         known[key] = _typed(str(fields[key].type), value, where + key)
     needed = [
         name
@@ -300,16 +285,7 @@ def _typed(kind: str, value: Any, name: str) -> Any:
         if not isinstance(value, list | tuple) or len(value) != 2:
             raise ConfigError(f"{name} must be two numbers, got {value!r}")
         return tuple(_typed(inner, item, name) for item in value)
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = {
-        "int": isinstance(value, int) and number,
-        "float": number and math.isfinite(value),
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
-    }[kind]
-    if not good:
-        raise ConfigError(f"{name} must be a {kind}, got {value!r}")
-    return float(value) if kind == "float" else value
+    return scalar(kind, value, name)
 
 
 # -- presets -----------------------------------------------------------------------------------
@@ -331,10 +307,10 @@ PRESETS: Mapping[str, GeneratorConfig] = {
     "3B": _llamagen(24, 32, 3200),
     # Small enough to ship: 64 px in patches of 8, four sub-tokens of 7 bits with rows of their own.
     "emoji": GeneratorConfig(
-        320,
-        8,
+        256,
         5,
-        intermediate_size=768,
+        4,
+        intermediate_size=512,
         grid=(8, 8),
         group_size=7,
         sub_tokens=4,

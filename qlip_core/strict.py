@@ -1,0 +1,60 @@
+"""Strict reading of JSON configurations: what both kinds of `config.json` share.
+
+An unknown key is an error that names it and the nearest known one; a value of the wrong type says what it
+should be.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from qlip_core.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def read_json(path: str | Path, of: str, build: Callable[[dict[str, Any]], T]) -> T:
+    """`build` of the JSON object in the file `path`, which `of` ("a checkpoint") needs.
+
+    Raises ConfigError, which names the file, where there is none, where it is no JSON object, and for
+    what `build` raises.
+    """
+    path = Path(path)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {of} needs its config.json") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, got {type(values).__name__}")
+    try:
+        return build(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def unknown_key(key: str, where: str, known: Iterable[str], what: str) -> ConfigError:
+    """The error for a key that `what` ("the model config") has no meaning for; `where`: "a.b."."""
+    near = difflib.get_close_matches(key, list(known), n=1)
+    hint = f'; did you mean "{near[0]}"?' if near else ""
+    return ConfigError(f'unknown key "{where}{key}" in {what}{hint}')
+
+
+def scalar(kind: str, value: Any, name: str) -> Any:
+    """`value` as the `kind` ("int", "float", "bool", "str") that `name` takes; an int does for a float."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    good = {
+        "int": isinstance(value, int) and number,
+        "float": number and math.isfinite(value),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+    }[kind]
+    if not good:
+        raise ConfigError(f"{name} must be a {kind}, got {value!r}")
+    return float(value) if kind == "float" else value
