@@ -29,6 +29,7 @@ from PIL import Image
 from qlip_core.data import locations
 from qlip_core.data.check import check
 from qlip_core.data.draws import Draws
+from qlip_core.data.emoji import CLASS_NAMES_100, all_glyphs
 from qlip_core.data.samples import Bad, Limits, Sample
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source, write_tar
 from qlip_core.data.tars import split_name, tar_samples
@@ -38,6 +39,7 @@ from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader
 from qlip_torch.train.lanes import ShuffledStream
 from qlip_torch.train.order import Mixture, epoch_index, permute
 from qlip_torch.train.pictures import Augmentation
+from qlip_torch.train.sources import open_training_source
 
 SIZE = 16
 
@@ -850,6 +852,7 @@ def test_wrong_requests_are_refused(sets):
         ("emoji?seed=x", "'x' is no value for seed"),
         ("emoji?split=all", "split must be one of"),
         ("emoji?seed", "key=value"),
+        ("emoji?names=rare", "'rare' is no value for names"),
         ("/nowhere/at/all", "no such file or folder"),
     ):
         with pytest.raises(DataError, match=message):
@@ -861,6 +864,15 @@ def test_wrong_requests_are_refused(sets):
         loader_for(data, rank=2, world_size=2)
     with pytest.raises(DataError, match="3 streams: must be a multiple of"):
         loader_for(DataConfig((Source(sets["tars"]),), streams=3), 8)
+
+
+def test_the_emoji_set_keeps_to_the_names_it_is_told():
+    classes = open_training_source("emoji?names=classes&plain=true", 64, 0, Limits())
+    drawn = [classes.read(i).caption for i in range(100)]
+    assert sorted(drawn) == sorted(CLASS_NAMES_100)
+    common = {glyph.name for glyph in all_glyphs() if glyph.common}
+    some = open_training_source("emoji?names=common&plain=true", 64, 0, Limits())
+    assert {some.read(i).caption for i in range(len(common))} == common
 
 
 def test_a_position_of_other_data_is_refused(sets):

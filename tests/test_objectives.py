@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from qlip_core import metrics
 from qlip_core.errors import ConfigError, QlipError
-from qlip_torch.train.objectives import bsq_entropy, commitment, info_nce, mse
+from qlip_torch.train.objectives import bsq_entropy, commitment, info_nce, mse, ssim
 
 
 def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -55,6 +56,17 @@ def test_commitment_moves_only_the_encoder_side():
     assert z.grad is not None
     np.testing.assert_allclose(z.grad, [[[1.0, -2.0]]])
     assert z_hat.grad is None
+
+
+def test_ssim_is_the_metric_of_evaluation_and_its_slope():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 256, (2, 3, 20, 24, 3), dtype=np.uint8)
+    b[0] = a[0]
+    x, y = (torch.from_numpy(p).double().permute(0, 3, 1, 2) / 127.5 - 1 for p in (a, b))
+    assert ssim(x, y).item() == pytest.approx(1 - metrics.ssim(a, b).mean(), abs=1e-12)
+    assert ssim(x, x).item() == pytest.approx(0, abs=1e-12)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda made: ssim(made, y), (x,), nondet_tol=0)
 
 
 def test_shapes_that_would_broadcast_are_refused():

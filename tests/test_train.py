@@ -178,6 +178,7 @@ def whole_run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         stage2__perceptual="random",
         stage2__lpips=0.1,
         stage2__gan=0.1,
+        stage2__ssim=0.1,
         stage2__micro_batch=4,
         stage2__ema=0.9,
         stage2__discriminator={"base_channels": 256, "r1_every": 3},
@@ -209,7 +210,7 @@ def test_stage_2_keeps_text_tower_and_encoder_bit_for_bit(whole_run: Path) -> No
 
 def test_stage_2_reports_every_loss(whole_run: Path) -> None:
     lines = curve(whole_run, 2)
-    assert {"mse", "bsq", "lpips", "gan", "discriminator", "r1"} <= lines[0][1].keys()
+    assert {"mse", "bsq", "lpips", "ssim", "gan", "discriminator", "r1"} <= lines[0][1].keys()
     assert [("r1" in terms) for _, terms, _ in lines] == [True, False, False, True]
 
 

@@ -52,8 +52,9 @@ T = TypeVar("T")
 class Source:
     """Where samples come from, and its share of them among all sources' weights.
 
-    location: "emoji", or "emoji?split=train&seed=1&size=96&common_share=0.5&plain=true"; a folder of
-    images with .txt beside them; a parquet file or folder; tars by path, URL, glob or {0000..0099}.
+    location: "emoji", or "emoji?split=train&seed=1&size=96&common_share=0.5&plain=true&names=common"
+    (or names=classes: the hundred of the classification test); a folder of images with .txt beside
+    them; a parquet file or folder; tars by path, URL, glob or {0000..0099}.
     """
 
     location: str

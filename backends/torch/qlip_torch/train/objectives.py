@@ -42,6 +42,38 @@ def commitment(z: Tensor, z_hat: Tensor) -> Tensor:
         return F.mse_loss(_float(z), _float(z_hat.detach()))
 
 
+def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """`1 - SSIM` of [B, 3, S, S] in [-1, 1], the mean over images: 0 for equal ones.
+
+    Wang et al. 2004, as `qlip_core.metrics.ssim` measures it (Gaussian window of 11 pixels and deviation
+    1.5, no padding, mean over places and channels), on unrounded values. Not a loss of the paper, whose
+    perceptual one is LPIPS; for machines that have no weights of that.
+    """
+    _same_shape("ssim", reconstruction, target)
+    with _full_precision(reconstruction):
+        # From 0 up: its first factor compares means by their ratio.
+        x, y = ((_float(image) + 1) / 2 for image in (reconstruction, target))
+        rows, columns = (_gaussian_rows(size, x) for size in x.shape[-2:])
+        maps = torch.stack((x, y, x * x, y * y, x * y))
+        mean_x, mean_y, xx, yy, xy = rows @ maps @ columns.T
+        c1, c2 = 0.01**2, 0.03**2
+        near = (2 * mean_x * mean_y + c1) * (2 * (xy - mean_x * mean_y) + c2)
+        far = (mean_x**2 + mean_y**2 + c1) * (xx - mean_x**2 + yy - mean_y**2 + c2)
+        return 1 - (near / far).mean()
+
+
+def _gaussian_rows(size: int, like: Tensor) -> Tensor:
+    """The blur of `size` pixels along one axis as a matrix [size - window + 1, size]."""
+    window = min(11, size)
+    offsets = torch.arange(window, dtype=like.dtype, device=like.device) - (window - 1) / 2
+    kernel = (-(offsets**2) / (2 * 1.5**2)).exp()
+    kernel = kernel / kernel.sum()
+    out = like.new_zeros(size - window + 1, size)
+    for row in range(len(out)):
+        out[row, row : row + window] = kernel
+    return out
+
+
 @dataclass(frozen=True)
 class BsqEntropy:
     """The terms of `bsq_entropy`, scalars, entropies in nats.

@@ -271,6 +271,8 @@ class Stage2Recipe(StageRecipe):
     clip: float = 1.0
     lpips: float = 0.1
     """a_p"""
+    ssim: float = 0.0
+    """Weight of 1 - SSIM. Not the paper's: for machines without LPIPS' weights."""
     perceptual: str = ""
     """Weights of LPIPS: a file, folder or hub id, or "random" (not LPIPS: for machines without)."""
     gan: float = 0.1
@@ -284,7 +286,7 @@ class Stage2Recipe(StageRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 0, "lpips", "gan")
+        at_least(self, 0, "lpips", "gan", "ssim")
         if self.lpips and not self.perceptual:
             raise RecipeError(
                 "lpips is not 0 and perceptual names no weights: give a safetensors file, "

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, get_args
 from urllib.parse import parse_qsl
 
-from qlip_core.data.emoji import EmojiSet, Split
+from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet, Split, seen_glyphs
 from qlip_core.data.samples import Limits
 from qlip_core.data.shards import open_source
 from qlip_core.errors import DataError
 from qlip_torch.train.feeds import IndexedSource, Rendered
 from qlip_torch.train.lanes import StreamSource
+
+# Names that training may keep to, under a word for them.
+_NAMES: dict[str, Callable[[], tuple[str, ...]]] = {
+    "classes": lambda: CLASS_NAMES_100,
+    "common": lambda: tuple(glyph.name for glyph in seen_glyphs() if glyph.common),
+}
 
 
 class EmojiSource:
@@ -36,6 +43,7 @@ class EmojiSource:
             "size": int,
             "common_share": float,
             "plain": {"true": True, "false": False}.__getitem__,
+            "names": lambda word: _NAMES[word](),
         }
         _, _, query = location.partition("?")
         try:

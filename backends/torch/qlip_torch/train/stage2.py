@@ -1,6 +1,7 @@
 """Stage 2: bottleneck and decoder learn to please the eye; encoder and text tower stay (SPEC section 3).
 
-Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan`. The text tower is not in memory, the
+Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan` (and `1 - SSIM`, where a recipe
+gives it a weight). The text tower is not in memory, the
 frozen encoder runs once a step without gradients. Legend: B images, N patches, D width, L bits.
 """
 
@@ -162,6 +163,8 @@ class Stage2Losses:
             self.weights["bsq"] = recipe.bsq
         if perceptual is not None:
             self.weights["lpips"] = recipe.lpips
+        if recipe.ssim:
+            self.weights["ssim"] = recipe.ssim
 
     def begin(self, step: int) -> None:
         """Before a step: whether the generator hears the discriminator yet."""
@@ -175,11 +178,13 @@ class Stage2Losses:
     def forward(self, inputs: Encoded) -> tuple[Features, Terms]:
         u, pixels_hat, mse, commitment = self.network(inputs.pixels, inputs.z, True)
         terms = {"mse": mse, "commitment": commitment}
-        if self.perceptual is not None or self.adversary is not None:
+        if {"lpips", "gan", "ssim"} & self.weights.keys():
             made, real = clip_to_signed(pixels_hat), clip_to_signed(inputs.pixels)
             if self.perceptual is not None:
                 with self.precision.autocast():
                     terms["lpips"] = self.perceptual(made, real)
+            if "ssim" in self.weights:
+                terms["ssim"] = objectives.ssim(made, real)
             if self.adversary is not None:
                 terms["gan"] = self.adversary.generator_loss(made)
                 self.made.append((real, made.detach()))
