@@ -18,6 +18,7 @@ from qlip_core.generator.checkpoint import GeneratorCheckpoint
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.generate import Progress, Request, TokenDrawer, merged
 from qlip_core.generator.load import find_generator, load_drawer, require_generator
+from qlip_core.generator.sampling import Sampling
 from qlip_core.images import ImageLike
 from qlip_core.loading import (
     DEFAULT_BATCH,
@@ -310,10 +311,8 @@ class Model:
         progress: Progress | None = None,
     ) -> VisualTokens:
         """`generate` before the decoder: VisualTokens named by their prompts."""
-        check_batch_size(batch_size)
-        drawer = self._drawer
         sampling = merged(
-            drawer.config.sampling,
+            self.generator_config.sampling,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -321,11 +320,34 @@ class Model:
             cfg_schedule=cfg_schedule,
             cfg_interval=cfg_interval,
         )
-        request = Request.of(prompts, n, seed, sampling, drawer.config.visual_vocab_size)
-        tokens = self._no_tokens()
-        packed = [tokens.packed]
-        packed += [bsq.pack(bits) for _, bits in drawer.draw(request, batch_size, progress)]
-        return replace(tokens, packed=np.concatenate(packed), names=request.prompts)
+        drawn = self.generate_batches(
+            prompts, sampling, seed=seed, n=n, batch_size=batch_size, progress=progress
+        )
+        return VisualTokens.concatenate([self._no_tokens(), *(tokens for _, tokens in drawn)])
+
+    def generate_batches(
+        self,
+        prompts: str | Sequence[str],
+        sampling: Sampling | None = None,
+        *,
+        seed: int = 0,
+        n: int = 1,
+        batch_size: int = 8,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, VisualTokens]]:
+        """Yield (first picture, VisualTokens named by their prompts) batch by batch, as they are drawn.
+
+        All settings at once in `sampling` (None: the generator's own).
+        """
+        check_batch_size(batch_size)
+        drawer = self._drawer
+        config, empty = drawer.config, self._no_tokens()
+        request = Request.of(
+            prompts, n, seed, sampling or config.sampling, config.visual_vocab_size
+        )
+        for start, bits in drawer.draw(request, batch_size, progress):
+            names = request.prompts[start : start + len(bits)]
+            yield start, replace(empty, packed=bsq.pack(bits), names=names)
 
     def generate_stream(
         self,

@@ -107,19 +107,19 @@ def recon(
 
     With --out, also a picture of the best, the median and the worst reconstructions.
     """
-    saving = _Saving(out, ["reconstruction"], force, picture=shown > 0)
-    network = _load(model, revision, backend, device, dtype)
+    saving = Saving(out, ["reconstruction"], force, picture=shown > 0)
+    network = load(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import evaluate_reconstruction
     from qlip_core.evaluation.emoji import HELD_OUT, reconstruction_examples
 
     where = network.device if network.backend == "torch" else "cpu"
-    metrics = _learned(lpips, inception, where)
+    metrics = learned_metrics(lpips, inception, where)
     if data == EMOJI:
         examples: Examples = reconstruction_examples(network.config.image_size, limit or HELD_OUT)
     else:
-        examples = _stored(data, limit)
-    with progress("reconstructing", _count(examples)) as advance:
+        examples = stored(data, limit)
+    with progress("reconstructing", count_of(examples)) as advance:
         result = evaluate_reconstruction(
             network,
             examples,
@@ -129,7 +129,7 @@ def recon(
             shown=shown if out is not None else 0,
             progress=advance,
         )
-    _show([("reconstruction", result)], saving, json)
+    show([("reconstruction", result)], saving, json)
 
 
 @app.command("zero-shot", epilog="Example: qlip eval zero-shot bundled emoji")
@@ -160,9 +160,9 @@ def zero_shot(
     and names that it never saw, which is.
     """
     names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["zero-shot"]
-    saving = _Saving(out, names, force)
+    saving = Saving(out, names, force)
     said = read_lines(templates) if templates is not None else ["{}"]
-    network = _load(model, revision, backend, device, dtype)
+    network = load(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot
 
@@ -174,10 +174,10 @@ def zero_shot(
             (emoji.unseen_class_examples(size, count), emoji.UNSEEN_CLASS_NAMES),
         ]
     else:
-        sets = [(_stored(data, limit, classes), None)]
+        sets = [(stored(data, limit, classes), None)]
     results = []
     for name, (examples, every) in zip(names, sets):
-        with progress("classifying", _count(examples)) as advance:
+        with progress("classifying", count_of(examples)) as advance:
             result = evaluate_zero_shot(
                 network,
                 examples,
@@ -187,7 +187,7 @@ def zero_shot(
                 progress=advance,
             )
         results.append((name, result))
-    _show(results, saving, json)
+    show(results, saving, json)
 
 
 @app.command(epilog="Example: qlip eval retrieval bundled 'coco/*.tar'")
@@ -210,8 +210,8 @@ def retrieval(
     """
     names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["retrieval"]
     files = [f"retrieval-{name}" if data == EMOJI else name for name in names]
-    saving = _Saving(out, files, force)
-    network = _load(model, revision, backend, device, dtype)
+    saving = Saving(out, files, force)
+    network = load(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_retrieval
 
@@ -223,13 +223,13 @@ def retrieval(
             emoji.unseen_caption_examples(size, count),
         ]
     else:
-        sets = [_stored(data, limit)]
+        sets = [stored(data, limit)]
     results = []
     for name, examples in zip(files, sets):
-        with progress("embedding", _count(examples)) as advance:
+        with progress("embedding", count_of(examples)) as advance:
             result = evaluate_retrieval(network, examples, batch_size=batch_size, progress=advance)
         results.append((name, result))
-    _show(results, saving, json)
+    show(results, saving, json)
 
 
 @app.command("linear-probe", epilog="Example: qlip eval linear-probe bundled train/ --test val/")
@@ -262,8 +262,8 @@ def linear_probe(
     Classes as for zero-shot. With "emoji": 100 seen names, fitted to plain renderings of training and
     tested on held-out ones.
     """
-    saving = _Saving(out, ["linear-probe"], force)
-    network = _load(model, revision, backend, device, dtype)
+    saving = Saving(out, ["linear-probe"], force)
+    network = load(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import evaluate_linear_probe
     from qlip_core.evaluation.emoji import HELD_OUT, probe_examples
@@ -275,9 +275,9 @@ def linear_probe(
     if data == EMOJI:
         train_on, test_on = probe_examples(network.config.image_size, limit or HELD_OUT)
     elif test is not None:
-        train_on, test_on = _stored(data, limit, classes), _stored(test, limit, classes)
+        train_on, test_on = stored(data, limit, classes), stored(test, limit, classes)
     else:
-        whole = _stored(data, limit, classes)
+        whole = stored(data, limit, classes)
         train_on, test_on = Part(whole, test=False), Part(whole, test=True)
     with progress("extracting features", None) as advance:
         result = evaluate_linear_probe(
@@ -288,7 +288,7 @@ def linear_probe(
             batch_size=batch_size,
             progress=advance,
         )
-    _show([("linear-probe", result)], saving, json)
+    show([("linear-probe", result)], saving, json)
 
 
 @app.command(epilog="Example: qlip eval compare a/reconstruction.json b/reconstruction.json")
@@ -322,23 +322,30 @@ def compare(
 # -- what the commands share -------------------------------------------------------------------
 
 
-def _load(model: str, revision: str | None, backend: str, device: str, dtype: str) -> Model:
+def load(
+    model: str,
+    revision: str | None,
+    backend: str,
+    device: str,
+    dtype: str,
+    generator: Path | None = None,
+) -> Model:
     name = None if model == BUNDLED else model
-    return options.load_model(name, revision, backend, device, dtype)
+    return options.load_model(name, revision, backend, device, dtype, generator)
 
 
-def _stored(data: str, limit: int | None, classes: Path | None = None) -> Examples:
+def stored(data: str, limit: int | None, classes: Path | None = None) -> Examples:
     from qlip_core.evaluation import StoredExamples
     from qlip_core.evaluation.examples import read_classes
 
     return StoredExamples(data, limit, {} if classes is None else read_classes(classes))
 
 
-def _count(examples: Examples) -> int | None:
+def count_of(examples: Examples) -> int | None:
     return getattr(examples, "count", None) or getattr(examples, "limit", None)
 
 
-def _learned(lpips: str | None, inception: str | None, device: str) -> tuple:
+def learned_metrics(lpips: str | None, inception: str | None, device: str) -> tuple:
     """The learned metrics asked for, or None; they need torch, whatever runs the model."""
     if lpips is None and inception is None:
         return None, None
@@ -347,14 +354,14 @@ def _learned(lpips: str | None, inception: str | None, device: str) -> tuple:
     try:
         from qlip_torch.evaluation import inception_features, lpips_metric
     except ImportError:
-        raise BackendError("LPIPS and rFID need torch: pip install 'qlip[torch]'") from None
+        raise BackendError("LPIPS and FID need torch: pip install 'qlip[torch]'") from None
     return (
         None if lpips is None else lpips_metric(lpips, device),
         None if inception is None else inception_features(inception, device),
     )
 
 
-class _Saving:
+class Saving:
     """The files of `--out`: checked before any work, written at the end."""
 
     def __init__(
@@ -390,7 +397,12 @@ class _Saving:
             save_picture(self.picture, result.grid)
 
 
-def _show(results: Sequence[tuple[str, Result]], saving: _Saving, json: bool) -> None:
+def show(
+    results: Sequence[tuple[str, Result]],
+    saving: Saving,
+    json: bool,
+    pictures: Sequence[Path] = (),
+) -> None:
     """Results on stdout, their files, what was broken on stderr; exit 1 if anything was."""
     for name, result in results:
         saving.write(name, result)
@@ -406,13 +418,15 @@ def _show(results: Sequence[tuple[str, Result]], saving: _Saving, json: bool) ->
                 [
                     ("images", f"{protocol.count:,}"),
                     *result.rows(),
+                    *_judges(result),
                     ("model", f"{protocol.model_name} ({protocol.model})"),
                     ("run on", f"{protocol.backend}, {protocol.device}, {protocol.dtype}"),
+                    *_drawn(result),
                     ("reference", protocol.reference[:16]),
                 ],
                 indent=2,
             )
-        for path in (*saving.files.values(), saving.picture):
+        for path in (*saving.files.values(), saving.picture, *pictures):
             if path is not None and path.exists():
                 print_line(str(path))
     broken = 0
@@ -424,3 +438,20 @@ def _show(results: Sequence[tuple[str, Result]], saving: _Saving, json: bool) ->
     if broken:
         note(f"{broken} examples could not be used")
     raise typer.Exit(1 if broken else 0)
+
+
+def _judges(result: Result) -> list[tuple[str, str]]:
+    """Who or what gave the scores of drawn pictures, and why one is absent."""
+    judged, left_out = (result.details.get(key, {}) for key in ("judged_by", "left_out"))
+    said = [(f"{name} by", str(who)) for name, who in judged.items()]
+    return said + [("left out", f"{name}: {why}") for name, why in left_out.items()]
+
+
+def _drawn(result: Result) -> list[tuple[str, str]]:
+    """What drew the pictures, and how, where they were drawn."""
+    facts, settings = dict(result.protocol.drawn_by), result.protocol.settings
+    if not facts:
+        return []
+    who = f"{facts.pop('generator_name')} ({facts.pop('generator')})"
+    how = {"seed": settings["seed"], "of each prompt": settings["pictures_of_each_prompt"]} | facts
+    return [("generator", who), ("drawn with", ", ".join(f"{k} {v}" for k, v in how.items()))]

@@ -38,40 +38,14 @@ def generate(
             "Picture for one image, folder for several (default: PROMPT-SEED.png, or generated)."
         ),
     ] = None,
-    number: Annotated[
-        int, typer.Option("-n", "--number", metavar="N", min=1, help="Pictures of each prompt.")
-    ] = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="The same seed, the same picture.")] = 0,
-    cfg_scale: Annotated[
-        float | None,
-        typer.Option(metavar="S", show_default=False, help="Guidance by the prompt; 1: none."),
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        typer.Option(metavar="T", show_default=False, help="0: always the likeliest token."),
-    ] = None,
-    top_k: Annotated[
-        int | None,
-        typer.Option(metavar="K", show_default=False, help="Choose among the K likeliest; 0: all."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            metavar="P",
-            show_default=False,
-            help="Choose among the likeliest that sum to P; 1: all.",
-        ),
-    ] = None,
-    cfg_schedule: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", show_default=False, help="constant or linear."),
-    ] = None,
-    cfg_interval: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            metavar="A B", show_default=False, help="Guidance between these shares of the tokens."
-        ),
-    ] = None,
+    number: options.Number = 1,
+    seed: options.Seed = 0,
+    cfg_scale: options.CfgScale = None,
+    temperature: options.Temperature = None,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    cfg_schedule: options.CfgSchedule = None,
+    cfg_interval: options.CfgInterval = None,
     grid: Annotated[bool, typer.Option("--grid", help="All pictures on one sheet.")] = False,
     save_tokens: Annotated[
         bool, typer.Option("--save-tokens", help="Also write OUT.qlip, for `qlip decode`.")
@@ -79,12 +53,7 @@ def generate(
     prompts_file: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
     ] = None,
-    generator: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", show_default=False, help="Generator (default: the model's own)."
-        ),
-    ] = None,
+    generator: options.GeneratorFolder = None,
     model: ModelName = None,
     revision: Revision = None,
     backend: BackendName = "auto",

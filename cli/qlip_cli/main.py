@@ -20,6 +20,7 @@ from qlip_cli.decode import decode
 from qlip_cli.doctor import doctor
 from qlip_cli.embed import embed
 from qlip_cli.encode import encode
+from qlip_cli.evaluate_generate import evaluate_generate
 from qlip_cli.generate import generate
 from qlip_cli.info import info
 from qlip_cli.reconstruct import reconstruct
@@ -47,6 +48,9 @@ app.command(epilog="Example: qlip info photos.qlip")(info)
 app.command(epilog="Example: qlip doctor --backend mlx")(doctor)
 app.command(epilog="Example: qlip tokenize 'shards/{00000..00099}.tar' -o tokens")(tokenize)
 app.command(epilog="Example: qlip train emoji --out runs/mine --steps 200")(train)
+evaluate.app.command("generate", epilog="Example: qlip eval generate --grid drawn.png")(
+    evaluate_generate
+)
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
 

@@ -70,6 +70,46 @@ Json = Annotated[
     typer.Option("--json", help="Print one JSON document."),
 ]
 
+# -- of drawing from text ----------------------------------------------------------------------
+
+Number = Annotated[
+    int, typer.Option("-n", "--number", metavar="N", min=1, help="Pictures of each prompt.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="The same seed, the same picture.")]
+CfgScale = Annotated[
+    float | None,
+    typer.Option(metavar="S", show_default=False, help="Guidance by the prompt; 1: none."),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="T", show_default=False, help="0: always the likeliest token."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(metavar="K", show_default=False, help="Choose among the K likeliest; 0: all."),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="P", show_default=False, help="Choose among the likeliest that sum to P; 1: all."
+    ),
+]
+CfgSchedule = Annotated[
+    str | None, typer.Option(metavar="NAME", show_default=False, help="constant or linear.")
+]
+CfgInterval = Annotated[
+    tuple[float, float] | None,
+    typer.Option(
+        metavar="A B", show_default=False, help="Guidance between these shares of the tokens."
+    ),
+]
+GeneratorFolder = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER", show_default=False, help="Generator (default: the model's own)."
+    ),
+]
+
 
 def output(what: str) -> typer.models.OptionInfo:
     """`-o OUT`, described by each command in its own words."""

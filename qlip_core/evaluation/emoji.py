@@ -10,11 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlip_core.data.captions import full_caption
-from qlip_core.data.emoji_names import CLASS_NAMES_100, UNSEEN_NAMES
+from qlip_core.data.captions import full_caption, ground_words
+from qlip_core.data.draws import Draws, stable_hash
+from qlip_core.data.emoji_names import CLASS_NAMES_100, UNSEEN_NAMES, glyph_by_name
 from qlip_core.data.emoji_set import EmojiSet, Split
+from qlip_core.data.palette import PALETTE
+from qlip_core.data.scenes import Background, is_held_out_combination
 from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Example
+from qlip_core.evaluation.prompts import Prompt, PromptSet
 
 CLASSES = 100
 CAPTIONS = 500
@@ -25,6 +29,9 @@ SEEN_NAMES_TITLE = "100 seen names, unseen renderings"
 UNSEEN_NAMES_TITLE = "zero-shot: 100 unseen names"
 SEEN_CAPTIONS_TITLE = "captions of seen names, unseen renderings"
 UNSEEN_CAPTIONS_TITLE = "zero-shot: captions of unseen names"
+SEEN_PROMPTS_TITLE = "prompts of 100 seen names on backgrounds that training could show them on"
+NAME_PROMPTS_TITLE = "prompts of 100 seen names alone"
+COMBINATION_PROMPTS_TITLE = "prompts of combinations never trained: seen names on other backgrounds"
 
 
 @dataclass(frozen=True)
@@ -119,3 +126,51 @@ def probe_examples(
         names=CLASS_NAMES_100,
     )
     return train, seen_class_examples(size, count, seed)
+
+
+# -- prompts -----------------------------------------------------------------------------------
+
+# Where training mostly shows one glyph alone, and so where one is drawn that no place is named for.
+_PLACE = "centre"
+
+
+def seen_prompts(seed: int = 0) -> PromptSet:
+    """One prompt for each of `CLASS_NAMES_100`, the colour by lot: "a red apple on a blue background".
+
+    Training could show each glyph in the middle of its background, and may have said these very words:
+    renderings and combinations are held out of it, captions as such are not.
+    """
+    return _on_colours(SEEN_PROMPTS_TITLE, seed, held_out=False)
+
+
+def seen_name_prompts() -> PromptSet:
+    """The bare `CLASS_NAMES_100`: "a red apple"."""
+    prompts = tuple(Prompt(name, name) for name in CLASS_NAMES_100)
+    return PromptSet(f"emoji ({NAME_PROMPTS_TITLE})", prompts, CLASS_NAMES_100)
+
+
+def combination_prompts(seed: int = 0) -> PromptSet:
+    """As `seen_prompts`, each on a background in whose middle training never showed the glyph.
+
+    Ten of `CLASS_NAMES_100` have no such background and are left out; they stay among the names to
+    choose from. Training may have said the words, of a glyph elsewhere in its picture.
+    """
+    return _on_colours(COMBINATION_PROMPTS_TITLE, seed, held_out=True)
+
+
+def _on_colours(title: str, seed: int, *, held_out: bool) -> PromptSet:
+    stream = stable_hash(f"prompts {'combinations' if held_out else 'held-out'} {seed}")
+    prompts = []
+    for index, name in enumerate(CLASS_NAMES_100):
+        glyph = glyph_by_name()[name]
+        colours = [
+            colour
+            for colour in PALETTE
+            if colour not in glyph.clashes
+            and is_held_out_combination(glyph.code, colour, _PLACE) == held_out
+        ]
+        if colours:
+            ground = Background("plain", (Draws(stream, index).choice(colours),), ())
+            prompts.append(Prompt(f"{name} {ground_words(ground)[0]}", name))
+    about = f"emoji ({title}): {len(prompts)}, seed {seed}"
+    return PromptSet(about, tuple(prompts), CLASS_NAMES_100)

@@ -1,8 +1,8 @@
-"""One picture of the best, the median and the worst reconstructions."""
+"""Many pictures as one: reconstructions beside their inputs, drawings under their prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,3 +42,41 @@ def draw_grid(rows: Sequence[Row], scale: int = 1) -> np.ndarray:
 
 def _scaled(image: np.ndarray, scale: int) -> Image.Image:
     return Image.fromarray(image.repeat(scale, 0).repeat(scale, 1))
+
+
+def draw_sheet(
+    title: str,
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int,
+    scale: int = 1,
+) -> np.ndarray:
+    """uint8 [H, W, 3]: pictures uint8 [S, S, 3] row by row, under each its caption, two lines of it."""
+    side = pictures[0].shape[0] * scale
+    cell, line = side + _GAP, side + 2 * _LABEL + _GAP
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * cell, _LABEL + rows * line), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(11)
+    draw.text((2, 0), title, "black", font)
+    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+        left, top = i % columns * cell, _LABEL + i // columns * line
+        sheet.paste(_scaled(picture, scale), (left, top))
+        lines = _broken(caption, lambda text: draw.textlength(text, font) <= side - 2)
+        for number, text in enumerate(lines[:2]):
+            draw.text((left + 2, top + side + number * _LABEL), text, "black", font)
+    return np.asarray(sheet)
+
+
+def _broken(text: str, fits: Callable[[str], bool]) -> list[str]:
+    """Text in lines of whole words; a word that fits no line is cut."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if fits(joined):
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        lines[-1] = word[: next(n for n in range(len(word), -1, -1) if fits(word[:n]))]
+    return lines

@@ -23,7 +23,7 @@ from qlip_core.model import Model
 
 # What is compared, and not how it is measured: these may differ between two results. So may what a
 # set is called, where its pictures and labels are the same.
-SUBJECT = ("dataset", "model", "model_name", "backend", "device", "dtype", "version")
+SUBJECT = ("dataset", "model", "model_name", "backend", "device", "dtype", "version", "drawn_by")
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class Protocol:
     metrics: Mapping[str, str] = field(default_factory=dict)
     """Metric -> SHA-256 of its weights, or how it is defined where it has none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """All else that changes the figures: templates, k, splits."""
+    """All else that changes the figures: templates, k, splits, the seed."""
+    drawn_by: Mapping[str, Any] = field(default_factory=dict)
+    """Of drawn pictures: fingerprints of the generator and its tokenizer, and how it was sampled."""
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol in JSON types."""
@@ -92,6 +94,7 @@ def make_protocol(
     uses_text: bool,
     metrics: Mapping[str, str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    drawn_by: Mapping[str, Any] | None = None,
 ) -> Protocol:
     """The protocol of a measurement of `model`."""
     size = model.config.image_size
@@ -113,6 +116,7 @@ def make_protocol(
         version=qlip_core.__version__,
         metrics=dict(metrics or {}),
         settings=dict(settings or {}),
+        drawn_by=dict(drawn_by or {}),
     )
 
 
