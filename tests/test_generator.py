@@ -382,11 +382,13 @@ def test_text_tower_ends_at_the_end_token(tiny_model: Path) -> None:
     features, valid = tower(["cat", "a cat in a dog, cat and dog"])
     np.testing.assert_array_equal(valid, [[0, 0, 0, 1, 1, 1], [1] * 6])
     ids = model.tokenize("cat")
-    np.testing.assert_array_equal(features[0, 3:], model.network.text_states(ids[:, :3])[0])
+    # Within rounding: a BLAS sums in an order that depends on the shape.
+    alone = model.network.text_states(ids[:, :3])[0]
+    np.testing.assert_allclose(features[0, 3:], alone, atol=1e-5)
     # Over the limit the last words go and the end token stays.
     long = model.tokenize("a cat in a dog, cat and dog")
     cut = np.concatenate([long[:, :5], [[519]]], axis=1)
-    np.testing.assert_array_equal(features[1], model.network.text_states(cut)[0])
+    np.testing.assert_allclose(features[1], model.network.text_states(cut)[0], atol=1e-5)
     assert tower.count(["cat"]) == [3]
 
 

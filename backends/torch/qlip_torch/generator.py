@@ -91,7 +91,9 @@ class Packed(nn.Module):
         self.weight = torch.cat(weights)
         self.reordered = _reorders(self.weight)
         if self.reordered:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 1)
+            # For eight vectors: one is 8 % slower so than in the layout for one, two (a picture with
+            # guidance) are 1.4 times as fast, eight and more 1.2 times (float32, AVX2).
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.reordered:
