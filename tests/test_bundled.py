@@ -1,4 +1,4 @@
-"""The model that ships: what `qlip.load()` gives, on the pictures that ship, the same on every backend."""
+"""What ships: the tokenizer that `qlip.load()` gives and its generator, the same on every backend."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from PIL import Image
 
 import qlip_core as qlip
 from qlip_core import bsq
+from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
 from qlip_core.hub import BUNDLED
 from qlip_core.metrics import psnr
 
@@ -75,4 +76,26 @@ def test_every_bit_is_in_use(reference: qlip.Model, pictures: list[np.ndarray]) 
 def test_it_says_what_it_is() -> None:
     checkpoint = qlip.open_checkpoint()
     assert checkpoint.license == "apache-2.0" and checkpoint.note and checkpoint.tokenizer
-    assert sum(p.stat().st_size for p in BUNDLED.iterdir()) < 20e6
+    assert sum(p.stat().st_size for p in BUNDLED.iterdir() if p.is_file()) < 20e6
+    assert sum(p.stat().st_size for p in BUNDLED.rglob("*") if p.is_file()) < 45e6
+
+
+def test_it_knows_the_names_that_training_saw(reference: qlip.Model) -> None:
+    emoji = EmojiSet(64, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
+    drawn = [emoji.sample(i)[0] for i in range(100)]
+    found = reference.classify(drawn, CLASS_NAMES_100, templates=("{}",)).argmax(1)
+    assert (found == np.arange(100)).mean() > 0.6
+
+
+def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt(
+    reference: qlip.Model,
+) -> None:
+    prompts = ["a cat", "a red apple on a blue background"]
+    tokens = reference.generate_tokens(prompts, seed=0)
+    for backend in ("torch", "mlx"):
+        other = qlip.load(backend=backend).generate_tokens(prompts, seed=0)
+        np.testing.assert_array_equal(other.bits, tokens.bits)
+    apple = reference.decode(tokens)[1].astype(int)
+    corners = apple[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
+    middle = apple[24:40, 24:40].mean((0, 1))
+    assert corners[2] > corners[0] + 50 and middle[0] > middle[2] + 50
