@@ -39,7 +39,7 @@ from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader
 from qlip_torch.train.lanes import ShuffledStream
 from qlip_torch.train.order import Mixture, epoch_index, permute
 from qlip_torch.train.pictures import Augmentation
-from qlip_torch.train.sources import open_training_source
+from qlip_torch.train.sources import EmojiSource
 
 SIZE = 16
 
@@ -867,11 +867,11 @@ def test_wrong_requests_are_refused(sets):
 
 
 def test_the_emoji_set_keeps_to_the_names_it_is_told():
-    classes = open_training_source("emoji?names=classes&plain=true", 64, 0, Limits())
+    classes = EmojiSource.from_location("emoji?names=classes&plain=true", 64, 0)
     drawn = [classes.read(i).caption for i in range(100)]
     assert sorted(drawn) == sorted(CLASS_NAMES_100)
     common = {glyph.name for glyph in all_glyphs() if glyph.common}
-    some = open_training_source("emoji?names=common&plain=true", 64, 0, Limits())
+    some = EmojiSource.from_location("emoji?names=common&plain=true", 64, 0)
     assert {some.read(i).caption for i in range(len(common))} == common
 
 
