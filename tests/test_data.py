@@ -853,6 +853,7 @@ def test_wrong_requests_are_refused(sets):
         ("emoji?split=all", "split must be one of"),
         ("emoji?seed", "key=value"),
         ("emoji?names=rare", "'rare' is no value for names"),
+        ("emoji?wording=long", "'long' is no value for wording"),
         ("/nowhere/at/all", "no such file or folder"),
     ):
         with pytest.raises(DataError, match=message):
@@ -870,6 +871,8 @@ def test_the_emoji_set_keeps_to_the_names_it_is_told():
     classes = EmojiSource.from_location("emoji?names=classes&plain=true", 64, 0)
     drawn = [classes.read(i).caption for i in range(100)]
     assert sorted(drawn) == sorted(CLASS_NAMES_100)
+    told = EmojiSource.from_location("emoji?names=classes&plain=true&wording=scene", 64, 0)
+    assert any(" background" in told.read(i).caption for i in range(20))
     common = {glyph.name for glyph in all_glyphs() if glyph.common}
     some = EmojiSource.from_location("emoji?names=common&plain=true", 64, 0)
     assert {some.read(i).caption for i in range(len(common))} == common

@@ -208,6 +208,20 @@ def test_plain_sets_take_turns():
         assert about["background"] == "plain" and image.shape == (64, 64, 3)
 
 
+def test_plain_sets_can_tell_of_the_background():
+    names = EmojiSet(64, 0, plain=True, names=CLASS_NAMES_100)
+    scenes = EmojiSet(64, 0, plain=True, names=CLASS_NAMES_100, wording="scene")
+    told = []
+    for i in range(200):
+        assert np.array_equal(names.sample(i)[0], scenes.sample(i)[0])
+        _, caption, about = scenes.sample(i)
+        assert any(caption.endswith(each) for each in scenes.captions(scenes.scene(i)))
+        told.append(about["colours"][0] in caption)
+    assert 0.5 < np.mean(told) < 0.9
+    with pytest.raises(DataError, match="wording 'long': must be one of name, scene"):
+        EmojiSet(64, 0, wording="long")  # type: ignore[arg-type]
+
+
 # Pictures
 
 

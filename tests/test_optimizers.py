@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from qlip_core.architecture import PARTS
 from qlip_core.errors import CheckpointError, RecipeError
 from qlip_torch.train.ema import Ema
 from qlip_torch.train.optimizers import (
@@ -293,8 +294,17 @@ def test_forward_flops_of_b16_by_hand():
     assert flops.text == 2 * text
     # ViT-B/16 at 256 px: 45 GFLOP to within 5 %.
     assert flops.encoder == pytest.approx(45e9, rel=0.05)
-    assert flops.training(1) == 3 * flops.total
-    assert flops.training(2) == flops.encoder + 3 * (flops.bottleneck + flops.decoder)
+    assert flops.training(PARTS, PARTS) == 3 * flops.total
+    behind = ("down", "up", "decoder")
+    bottleneck_and_decoder = flops.bottleneck + flops.decoder
+    assert (
+        flops.training(behind, ("encoder", *behind)) == flops.encoder + 3 * bottleneck_and_decoder
+    )
+    # Gradients pass through a frozen decoder on their way to the encoder, and not the other way.
+    frozen_decoder = flops.training(("encoder", "down", "up"), PARTS[1:])
+    assert frozen_decoder == 3 * flops.encoder + 3 * flops.bottleneck + 2 * flops.decoder
+    locked_image = flops.training(("text",), ("text", "encoder", "down"))
+    assert locked_image == 3 * flops.text + flops.encoder + flops.bottleneck / 2
 
 
 def test_measured_rate_and_memory_have_their_units():

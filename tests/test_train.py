@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -238,6 +239,43 @@ def test_export_is_the_newest_model(whole_run: Path, tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "other")
 
 
+LOCKED = {
+    **{f"stage1__{name}": 0.0 for name in ("mse", "bsq", "commitment")},
+    "stage1__learning_rate": {"rest": 0.0, "encoder": 0.0, "text": 3e-2, "decoder": 0.0},
+}
+
+
+def test_the_text_tower_alone_can_learn_on(place: Path, whole_run: Path, tmp_path: Path) -> None:
+    """Locked-image tuning: what is frozen is kept, exported and resumed bit for bit."""
+    start = whole_run / "stage2" / "model"
+    changes = {**LOCKED, "start__checkpoint": str(start), "stage1__steps": 4}
+    run(place, tmp_path / "whole", **changes)
+    lines = curve(tmp_path / "whole")
+    assert "mse" not in lines[0][1] and "align" in lines[0][1]
+    before = open_checkpoint(start)
+    old = before.tensors()
+    new = open_checkpoint(tmp_path / "whole" / "stage1" / "model").tensors()
+    for name, spec in architecture(before.config).items():
+        learns = spec.part == "text" and name != "logit_scale"
+        assert np.array_equal(old[name], new[name]) != learns, name
+
+    out = tmp_path / "whole"
+    shutil.rmtree(out / "stage1" / "model")
+    train(None, stage="1", out=out, resume=True, say=quiet)
+    again = open_checkpoint(out / "stage1" / "model").tensors()
+    assert all(np.array_equal(new[name], again[name]) for name in new)
+
+
+def test_a_plan_counts_what_is_trained(place: Path) -> None:
+    recipe = recipe_of(place, **LOCKED)
+    config = recipe.model.config()
+    locked = make_plan(recipe, config, 1, torch.device("cpu"), 1)
+    whole = make_plan(recipe_of(place), config, 1, torch.device("cpu"), 1)
+    assert locked.trained == locked.parameters["text"] < whole.trained
+    assert locked.flops < 0.6 * whole.flops
+    assert locked.activation_bytes < 0.5 * whole.activation_bytes
+
+
 def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None:
     with pytest.raises(RecipeError, match="holds a run already"):
         run(place, whole_run)
@@ -461,6 +499,7 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
         ("stage1.stepz=3", r'unknown key "stage1\.stepz".*did you mean "stage1\.steps"'),
         ("model.pach_size=8", r'unknown key "model\.pach_size".*did you mean "model\.patch_size"'),
         ("stage1.steps=many", r"stage1\.steps must be a int, got 'many'"),
+        ("stage1.learning_rate={ rest=0, encoder=0, text=0, decoder=0 }", "every rate is 0"),
         ("stage1.steps=0", r"stage1\.steps \(=0\) must be at least 1"),
         ("stage1.betas=[0.9]", r"stage1\.betas must have 2 values"),
         ("engine.parallel=zero", r"engine\.parallel is 'zero', expected one of ddp, fsdp"),
@@ -508,11 +547,12 @@ def test_a_dry_run_builds_everything_and_touches_nothing(place: Path, tmp_path: 
 
 
 def test_checkpointing_and_bfloat16_need_less_memory(place: Path) -> None:
-    config = recipe_of(place).model.config()
+    recipe = recipe_of(place)
+    config = recipe.model.config()
 
     def needed(half: bool, checkpointing: bool) -> int:
         engine = EngineRecipe(activation_checkpointing=checkpointing)
-        return activation_bytes(config, 1, half=half, extra=[], engine=engine)
+        return activation_bytes(config, recipe.stage1, half=half, extra=[], engine=engine)
 
     assert needed(False, True) < 0.8 * needed(False, False)
     assert needed(True, False) < 0.9 * needed(False, False)

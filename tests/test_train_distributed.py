@@ -61,6 +61,21 @@ def test_two_processes_follow_the_curve_of_one(single: Path, tmp_path: Path) -> 
         same_curve(tmp_path / "ddp", single / "single", stage)
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_what_no_loss_asks_for_is_not_waited_for(
+    parallel: str, single: Path, tmp_path: Path
+) -> None:
+    """Alignment alone, as in `qlip train balance`: the decoder has no gradients to exchange."""
+    alone = ["stage1.mse=0.0", "stage1.bsq=0.0", "stage1.commitment=0.0", "stage1.steps=3"]
+    recipe = Recipe.from_file(single / "recipe.toml").changed(alone)
+    train(recipe, stage="1", out=tmp_path / "one", say=lambda line: None)
+    alone.append(f"engine.parallel={parallel}")
+    changes = [word for change in alone for word in ("--set", change)]
+    options = ["--stage", "1", *changes]
+    finish(start_run(single / "recipe.toml", tmp_path / "two", *options, ranks=2))
+    same_curve(tmp_path / "two", tmp_path / "one", 1)
+
+
 def test_shards_follow_it_and_go_on_alone_after_a_death(single: Path, tmp_path: Path) -> None:
     """FSDP2: one process is killed, the job ends promptly and says so; one process finishes it."""
     out = tmp_path / "fsdp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,23 @@ def test_an_exported_generator_draws(place: Path, tmp_path: Path) -> None:
         qlip.load(place / "other", generator=folder)
     again = export(tmp_path / "run", tmp_path / "out")
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_a_run_continues_from_the_weights_of_another(place: Path, tmp_path: Path) -> None:
+    """Also for another tokenizer, whose folder holds a generator that does not fit it."""
+    first = run(recipe_of(place), tmp_path / "first")
+    other = tmp_path / "other"
+    shutil.copytree(place / "other", other)
+    shutil.copytree(first, other / "generator")
+    changes = [f"start={first}", f"tokenizer={other}", *images_of(place)]
+    recipe = recipe_of(place, *changes, "training.learning_rate=0", "training.steps=1")
+    second = run(recipe, tmp_path / "second")
+    old, new = open_generator(first), open_generator(second)
+    assert new.config.tokenizer != old.config.tokenizer
+    weights = old.tensors()
+    assert all(np.array_equal(values, weights[name]) for name, values in new.tensors().items())
+    with pytest.raises(CheckpointError, match=r"start: .* of other sizes"):
+        run(recipe.changed(["model.layers=1"]), tmp_path / "third")
 
 
 def test_pictures_are_what_the_generator_draws(place: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from qlip_core.data.emoji_names import (
     seen_glyphs,
     unseen_glyphs,
 )
-from qlip_core.data.emoji_set import EmojiSet, Split
+from qlip_core.data.emoji_set import EmojiSet, Split, Wording
 from qlip_core.data.emoji_shards import write_shards
 from qlip_core.data.scenes import Background, PlacedGlyph, Scene, is_held_out_combination
 
@@ -27,6 +27,7 @@ __all__ = [
     "PlacedGlyph",
     "Scene",
     "Split",
+    "Wording",
     "all_glyphs",
     "caption",
     "caption_corpus",

@@ -26,6 +26,7 @@ from qlip_core.data.scenes import (
 from qlip_core.errors import DataError
 
 Split = Literal["train", "held-out", "combinations", "unseen"]
+Wording = Literal["name", "scene"]
 
 
 class EmojiSet:
@@ -37,7 +38,9 @@ class EmojiSet:
       combinations: seen glyphs, each of them in a held-out combination.
       unseen: the glyphs that training never sees, in any combination.
     plain: one large upright glyph in the middle of a plain background, the glyphs taking turns
-      (sample i shows glyph i modulo their number), captioned by its name alone.
+      (sample i shows glyph i modulo their number).
+    wording: "scene" captions tell of glyphs, mostly background, now and then size and place; "name"
+      ones only what stands in the picture. By default "name" where plain, "scene" elsewhere.
     names: only these glyphs, by primary name.
     common_share: share of the glyphs drawn from the common ones alone, on top of their own share.
     font: a font file; by default the first colour-emoji font found on the machine.
@@ -50,6 +53,7 @@ class EmojiSet:
         split: Split = "train",
         *,
         plain: bool = False,
+        wording: Wording | None = None,
         names: Sequence[str] | None = None,
         common_share: float = 0.3,
         font: str | Path | None = None,
@@ -60,7 +64,10 @@ class EmojiSet:
             raise DataError(f"size {size}: a picture's side must be 8 to 1024 pixels")
         if not 0 <= seed < 2**63:
             raise DataError(f"seed {seed}: must be from 0 to 2^63 - 1")
+        if wording is not None and wording not in get_args(Wording):
+            raise DataError(f"wording {wording!r}: must be one of {', '.join(get_args(Wording))}")
         self.size, self.seed, self.split, self.plain = size, seed, split, plain
+        self.wording: Wording = wording or ("name" if plain else "scene")
         self.common_share = common_share
         self.glyphs = unseen_glyphs() if split == "unseen" else seen_glyphs()
         if names is not None:
@@ -106,8 +113,8 @@ class EmojiSet:
         return self._painter.paint(scene)
 
     def caption(self, scene: Scene) -> str:
-        """The scene's caption: its name alone where the set is plain."""
-        return captions.name_caption(scene) if self.plain else captions.caption(scene)
+        """The scene's caption, one of `captions`, in the set's wording."""
+        return captions.name_caption(scene) if self.wording == "name" else captions.caption(scene)
 
     def captions(self, scene: Scene) -> tuple[str, ...]:
         """Every caption that is true of the scene."""

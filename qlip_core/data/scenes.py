@@ -152,7 +152,8 @@ def draw_plain_scene(draws: Draws, glyph: Glyph) -> Scene:
     """One large glyph in the middle of a plain background: what the glyph is shows best."""
     placed = _place(draws, glyph, "centre", draws.uniform(0.80, 0.94), _PLAIN)
     colour = _colour(draws, [glyph])
-    return Scene((placed,), Background("plain", (colour,), (_jitter(draws, PALETTE[colour]),)), 0)
+    ground = Background("plain", (colour,), (_jitter(draws, PALETTE[colour]),))
+    return Scene((placed,), ground, draws.bits() >> 32)
 
 
 def _place(

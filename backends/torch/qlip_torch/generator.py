@@ -55,7 +55,8 @@ class RMSNorm(nn.Module):
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head: [B, Q, heads, d] -> same.
 
-    The tables are [Q, 1, d], with the first half of the sines negative (`Generator.rope`).
+    The tables are [Q, 1, d], or [B, Q, 1, d] where rows have positions of their own, with the first half
+    of the sines negative (`Generator.rope`).
     """
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -272,10 +273,10 @@ class Generator(nn.Module):
         prefix = self.embed_prefix(features, null)
         x = torch.cat((prefix, self.embed_sub_tokens(tokens[:, :-1])), dim=1)
         x = F.dropout(x, self.config.dropout, self.training)
-        seen = valid | null[:, None]
-        mask = causal_mask(x.shape[1], seen)
-        states = self.model(x, self.rope(x.device), mask)
-        return self.image_logits(states[:, self.config.prefix_length - 1 :])
+        order, back = padding_last(valid | null[:, None], x.shape[1])
+        rope = tuple(table[order] for table in self.rope(x.device))
+        states = self.model(_rows(x, order), (rope[0], rope[1]))
+        return self.image_logits(_rows(states, back[:, self.config.prefix_length - 1 :]))
 
     def embed_prefix(self, features: Tensor, null: Tensor) -> Tensor:
         """Caption features [B, T, F] -> prefix [B, T, D]; the null prefix where `null` [B]."""
@@ -348,6 +349,24 @@ class Generator(nn.Module):
         _check(self.config, arrays)
         for name, parameter in self.named_parameters():
             parameter.copy_(_shared(arrays[name]))
+
+
+def padding_last(seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """An order of each row's `length` positions with its padding at the end, and the way back.
+
+    `seen` bool [B, T]: prefix positions that are no padding -> int64 [B, S] each: where the new positions
+    come from, and where the old ones went. Behind everything else, padding is hidden by causality alone,
+    and attention needs no mask: the fused kernels skip half the scores, and on CUDA the fastest of them
+    takes none.
+    """
+    padding = F.pad(~seen, (0, length - seen.shape[1]), value=False)
+    order = padding.to(torch.uint8).argsort(dim=1, stable=True)
+    return order, order.argsort(dim=1)
+
+
+def _rows(x: Tensor, order: Tensor) -> Tensor:
+    """x [B, S, D] at positions `order` int64 [B, R] -> [B, R, D]."""
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def causal_mask(length: int, seen: Tensor | None) -> Tensor | None:

@@ -19,9 +19,8 @@ from typing import Any
 
 import torch
 
-from qlip_core.config import QLIPConfig
 from qlip_torch.train.stage import StepReport
-from qlip_torch.train.throughput import forward_flops, matmul_rate, peak_memory
+from qlip_torch.train.throughput import matmul_rate, peak_memory
 
 METRICS = "metrics.jsonl"
 # Without a terminal a line is written now and then, for the log of a batch job.
@@ -39,10 +38,8 @@ class Speed:
     ranks: int
 
     @classmethod
-    def measure(
-        cls, config: QLIPConfig, stage: int, device: torch.device, dtype: torch.dtype, ranks: int
-    ) -> Speed:
-        return cls(forward_flops(config).training(stage), matmul_rate(device, dtype), ranks)
+    def measure(cls, flops: float, device: torch.device, dtype: torch.dtype, ranks: int) -> Speed:
+        return cls(flops, matmul_rate(device, dtype), ranks)
 
     def utilisation(self, images_per_second: float) -> float:
         return self.flops * images_per_second / (self.rate * self.ranks)

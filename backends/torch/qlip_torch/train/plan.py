@@ -19,13 +19,12 @@ from qlip_torch.model import QLIP
 from qlip_torch.train.discriminator import Discriminator
 from qlip_torch.train.perceptual import Lpips
 from qlip_torch.train.precision import Precision
-from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage2Recipe
-from qlip_torch.train.stage1 import Stage1Network
+from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage1Recipe, Stage2Recipe, StageRecipe
+from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import Stage2Network
 from qlip_torch.train.throughput import forward_flops
 
-TRAINED = {1: PARTS, 2: ("down", "up", "decoder")}
 # The objectives' own workspace: chunks of half-group joints and of logits (qlip_torch.train.objectives).
 _LOGIT_ROWS = 2048
 _ENTROPY_BYTES = 100 * 2**20
@@ -97,14 +96,14 @@ def make_plan(
     micro_batch = settings.batch // devices // micro_batches
     counts = parameter_count(config)
     present = {name: counts[name] for name in (PARTS if stage == 1 else STAGE2_PARTS)}
-    trained = sum(counts[name] for name in TRAINED[stage])
+    trained = sum(counts[name] for name in parts_of(settings)[0])
     half = Precision.of(recipe.engine, device).half
     extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
     discriminator = sum(_count(module) for module in extra if isinstance(module, Discriminator))
     state = _state_bytes(recipe, sum(present.values()), trained, bool(settings.ema), devices)
     state += 16 * discriminator
     state += sum(4 * _count(module) for module in extra if isinstance(module, Lpips))
-    image = activation_bytes(config, stage, half=half, extra=extra, engine=recipe.engine)
+    image = activation_bytes(config, settings, half=half, extra=extra, engine=recipe.engine)
     rows, patches = settings.batch // devices, config.num_patches
     losses = 3 * 4 * rows * patches * config.code_dim + _ENTROPY_BYTES
     if stage == 1:
@@ -124,8 +123,16 @@ def make_plan(
         state_bytes=state,
         activation_bytes=image * micro_batch,
         loss_bytes=losses,
-        flops=forward_flops(config).training(stage),
+        flops=forward_flops(config).training(*parts_of(settings)),
     )
+
+
+def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The parts of the model that a stage trains, and those that it runs."""
+    if not isinstance(settings, Stage1Recipe):
+        return ("down", "up", "decoder"), STAGE2_PARTS
+    run = PARTS if settings.decodes else ("text", "encoder", "down")
+    return tuple(part for part, rate in settings.rates.items() if rate), run
 
 
 def _state_bytes(recipe: Recipe, present: int, trained: int, ema: bool, devices: int) -> int:
@@ -203,25 +210,28 @@ class Kept:
 
 def activation_bytes(
     config: QLIPConfig,
-    stage: int,
+    settings: StageRecipe,
     *,
     half: bool,
     extra: list[nn.Module],
     engine: EngineRecipe,
 ) -> int:
     """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
-    model = QLIP(config, PARTS if stage == 1 else STAGE2_PARTS)
+    first = isinstance(settings, Stage1Recipe)
+    model = QLIP(config, PARTS if first else STAGE2_PARTS)
+    if first:
+        freeze(model, settings)
     precision = Precision(half, torch.device("cpu"))
     kept = []
     for count in (1, 2):
         found = Kept()
         pixels = torch.zeros(count, 3, config.image_size, config.image_size)
         with found.watching(model.blocks()):
-            if stage == 1:
+            if first:
                 ids = torch.zeros(
                     count, config.text_config.max_position_embeddings, dtype=torch.int64
                 )
-                outputs = Stage1Network(model, precision)(pixels, ids, True)
+                outputs = Stage1Network(model, precision)(pixels, ids, settings.decodes)
             else:
                 network = Stage2Network(model, precision)
                 outputs = network(*network.encode(pixels), True)

@@ -243,6 +243,28 @@ class Stage1Recipe(StageRecipe):
         super().__post_init__()
         at_least(self, 0, "align")
         at_least(self, 1, "max_logit_scale")
+        if not any(self.rates.values()):
+            raise RecipeError("learning_rate: every rate is 0, so nothing would be trained")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each part of the model (`qlip_core.architecture.PARTS`).
+
+        0: frozen, by the recipe or because no loss asks for what it makes.
+        """
+        rates, decodes = self.learning_rate, self.decodes
+        return {
+            "text": rates.text,
+            "encoder": rates.encoder,
+            "down": rates.rest if decodes or self.bsq else 0.0,
+            "up": rates.rest if decodes else 0.0,
+            "decoder": rates.decoder if decodes else 0.0,
+        }
+
+    @property
+    def decodes(self) -> bool:
+        """Whether any loss asks for the decoder."""
+        return bool(self.mse or self.commitment)
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,14 @@ from qlip_torch.train.export import export_stage
 from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.plan import Plan, make_plan
+from qlip_torch.train.plan import Plan, make_plan, parts_of
 from qlip_torch.train.recipe import Recipe, RecipeFile
 from qlip_torch.train.report import write_report
 from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
+from qlip_torch.train.throughput import forward_flops
 from qlip_torch.train.validation import validate_emoji
 
 RECIPE, TOKENIZER = "recipe.toml", "tokenizer"
@@ -320,9 +321,8 @@ class _Run:
         return build_stage2(model, recipe.stage2, recipe.engine, world, recipe.seed)
 
     def _metrics(self, stage: Stage, config: QLIPConfig, folder: Path, done: int) -> Metrics:
-        speed = Speed.measure(
-            config, stage.number, self.world.device, stage.precision.dtype, self.world.size
-        )
+        flops = forward_flops(config).training(*parts_of(stage.recipe))
+        speed = Speed.measure(flops, self.world.device, stage.precision.dtype, self.world.size)
         return Metrics(
             folder,
             self.recipe.log.metrics,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 from urllib.parse import parse_qsl
 
-from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet, Split, seen_glyphs
+from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet, Split, Wording, seen_glyphs
 from qlip_core.data.samples import Limits
 from qlip_core.data.shards import open_source
 from qlip_core.errors import DataError
@@ -43,6 +43,7 @@ class EmojiSource:
             "size": int,
             "common_share": float,
             "plain": {"true": True, "false": False}.__getitem__,
+            "wording": {word: word for word in get_args(Wording)}.__getitem__,
             "names": lambda word: _NAMES[word](),
         }
         _, _, query = location.partition("?")

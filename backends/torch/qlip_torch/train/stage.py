@@ -168,7 +168,8 @@ class Stage:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
-        out = module_tensors("model", self.model, trained_only=True)
+        # Stage 2's frozen parts lie in its start; stage 1 keeps those that its recipe froze.
+        out = module_tensors("model", self.model, trained_only=self.number == 2)
         out |= optimizer_tensors("optimizer", self.model, self.optimizer)
         if self.ema is not None:
             out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}

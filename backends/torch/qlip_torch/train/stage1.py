@@ -1,7 +1,9 @@
 """Stage 1: all towers learn to reconstruct and to agree with text (SPEC section 3).
 
 Minimises `a_r L_mse + a_q L_bsq + a_a L_align + a_z L_commitment`. Alignment and the codebook entropy
-are of the global batch, over micro-batches and ranks. Legend: B images, N patches, L bits.
+are of the global batch, over micro-batches and ranks. A tower whose learning rate is 0 is frozen, and
+what no loss asks for is not computed: with the text tower alone in training this is locked-image tuning
+(LiT, arXiv 2111.07991). Legend: B images, N patches, L bits.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qlip_core.architecture import architecture
 from qlip_torch.model import QLIP
 from qlip_torch.train import objectives
 from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
 from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
-from qlip_torch.train.optimizers import Lamb, parameter_groups
+from qlip_torch.train.optimizers import Lamb, group_of, parameter_groups
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
@@ -78,21 +81,20 @@ class Stage1Losses:
 
     def __init__(self, network: nn.Module, model: QLIP, recipe: Stage1Recipe, world: World) -> None:
         self.network, self.model, self.world = network, model, world
-        self.weights = {
-            "align": recipe.align,
-            "bsq": recipe.bsq,
-            "mse": recipe.mse,
-            "commitment": recipe.commitment,
-        }
-        if not model.config.quantizes:
-            del self.weights["bsq"]
+        self.weights = {"align": recipe.align}
+        if recipe.bsq and model.config.quantizes:
+            self.weights["bsq"] = recipe.bsq
+        self._decodes = recipe.decodes
+        if self._decodes:
+            self.weights |= {"mse": recipe.mse, "commitment": recipe.commitment}
 
     def features(self, inputs: Batch) -> Features:
         return self.network(inputs.pixels, inputs.ids, False)[:3]
 
     def forward(self, inputs: Batch) -> tuple[Features, Terms]:
-        out = self.network(inputs.pixels, inputs.ids, True)
-        return tuple(out[:3]), {"mse": out[3], "commitment": out[4]}
+        out = self.network(inputs.pixels, inputs.ids, self._decodes)
+        terms = {"mse": out[3], "commitment": out[4]} if self._decodes else {}
+        return tuple(out[:3]), terms
 
     def of_features(self, features: Features) -> Terms:
         image, text, u = features
@@ -102,7 +104,8 @@ class Stage1Losses:
         return terms | objectives_of_code(self.model, u, self.world)
 
     def parameters_of_features(self) -> Sequence[nn.Parameter]:
-        return [self.model.logit_scale]
+        scale = self.model.logit_scale
+        return [scale] if scale.requires_grad else []
 
 
 def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
@@ -136,35 +139,47 @@ def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
         return model.decode(model.bottleneck_up(model.quantize(u)))
 
 
+def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
+    """Take gradients from the parameters that this stage does not train."""
+    groups, parts, table = _rates(recipe), recipe.rates, architecture(model.config)
+    for name, parameter in model.named_parameters():
+        trained = groups[group_of(name)] > 0 and parts[table[name].part] > 0
+        parameter.requires_grad_(trained)
+
+
+def _rates(recipe: Stage1Recipe) -> dict[str, float]:
+    """The learning rate of each of `optimizers.GROUPS`."""
+    rates = recipe.learning_rate
+    return {
+        "rest": rates.rest,
+        "visual_encoder": rates.encoder,
+        "text_encoder": rates.text,
+        "decoder": rates.decoder,
+    }
+
+
 def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world: World) -> Stage:
     """Model (on the device, all parts) to what the loop steps."""
     precision = Precision.of(engine, world.device)
     model.requires_grad_(True).train()
+    freeze(model, recipe)
     network = Stage1Network(model, precision)
     blocks = model.blocks()
     prepare_blocks(blocks, engine)
     wrapped = spread(
         network, blocks, engine, world, apart=[SCALE], methods=["reconstruct"], half=precision.half
     )
-    rates = recipe.learning_rate
-    groups = parameter_groups(
-        model,
-        {
-            "rest": rates.rest,
-            "visual_encoder": rates.encoder,
-            "text_encoder": rates.text,
-            "decoder": rates.decoder,
-        },
-        recipe.weight_decay,
-    )
+    rates = _rates(recipe)
+    groups = parameter_groups(model, rates, recipe.weight_decay)
     kind = {"lamb": Lamb, "adamw": torch.optim.AdamW}[recipe.optimizer]
-    optimizer = kind(groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer = kind(groups, lr=rates["rest"], betas=recipe.betas, weight_decay=recipe.weight_decay)
     losses = Stage1Losses(wrapped.module, model, recipe, world)
 
     def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:
         found = accumulated_backward(losses, batches, probe=probe, syncing=wrapped.syncing)
         # InfoNCE uses it outside the wrapped forward, so no engine averages it.
-        average_gradients([model.logit_scale], world)
+        if model.logit_scale.requires_grad:
+            average_gradients([model.logit_scale], world)
         return Backward(found.terms, found.features[2])
 
     @torch.no_grad()

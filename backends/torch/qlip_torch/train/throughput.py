@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,14 +29,26 @@ class ForwardFlops:
     def total(self) -> float:
         return self.encoder + self.bottleneck + self.decoder + self.text
 
-    def training(self, stage: int) -> float:
-        """FLOPs of an image's training step: backward costs two forwards of what it runs through.
+    def training(self, trained: Collection[str], present: Collection[str]) -> float:
+        """FLOPs of an image's training step, by `qlip_core.architecture.PARTS`.
 
-        Stage 1 trains all towers; stage 2 runs the frozen encoder forward and no text.
+        Of what is trained, backward costs two forwards; of a frozen part one if gradients run through it to
+        a trained one before it, else none. `present`: what is run at all.
         """
-        if stage == 1:
-            return 3 * self.total
-        return self.encoder + 3 * (self.bottleneck + self.decoder)
+        bottleneck = self.bottleneck / 2
+        costs = {
+            "encoder": self.encoder,
+            "down": bottleneck,
+            "up": bottleneck,
+            "decoder": self.decoder,
+        }
+        total = self.text * (3 if "text" in trained else 1) if "text" in present else 0.0
+        behind = False
+        for part, cost in costs.items():
+            if part in present:
+                total += cost * (3 if part in trained else 2 if behind else 1)
+                behind |= part in trained
+        return total
 
 
 def forward_flops(config: Any) -> ForwardFlops:

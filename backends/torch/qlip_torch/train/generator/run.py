@@ -12,15 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
-import qlip_core
-from qlip_core.errors import RecipeError
-from qlip_core.generator.architecture import init_weights
-from qlip_core.generator.checkpoint import FOLDER
+from qlip_core.backends import get_backend
+from qlip_core.checkpoint import open_checkpoint
+from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.generator.architecture import diff_tensors, init_weights
+from qlip_core.generator.checkpoint import FOLDER, open_generator
 from qlip_core.generator.conditioning import Conditioner, TextTower
 from qlip_core.generator.config import GeneratorConfig
-from qlip_core.hub import find_model
 from qlip_core.model import Model
 from qlip_torch.generator import Generator
 from qlip_torch.t5 import T5Encoder
@@ -186,15 +187,27 @@ class _Run:
         if not self.world.is_first:
             return None
         plan = make_plan(self.recipe, self.config, self.world.device, self.world.size)
-        for line in (*plan.lines(), f"  tokenizer: {self.tokenizer.checkpoint.folder}"):
+        start = self.recipe.start or "random"
+        tokenizer = f"  tokenizer: {self.tokenizer.checkpoint.folder}"
+        for line in (*plan.lines(), tokenizer, f"  weights: {start}"):
             self._say(line)
         return plan
 
     def _build(self) -> GeneratorStage:
         model = Generator(self.config)
-        model.init_from(init_weights(self.config, self.recipe.seed))
+        model.init_from(self._first_weights())
         model.to(self.world.device)
         return GeneratorStage(model, self.recipe, self.world, self.conditioner)
+
+    def _first_weights(self) -> dict[str, np.ndarray]:
+        start = self.recipe.start
+        if not start:
+            return init_weights(self.config, self.recipe.seed)
+        weights = open_generator(start).tensors()
+        shapes = {name: array.shape for name, array in weights.items()}
+        if problems := diff_tensors(self.config, shapes):
+            raise CheckpointError(f"start: {start} is of other sizes than the recipe's: {problems}")
+        return weights
 
     def _speed(self, stage: GeneratorStage) -> Speed:
         rate = matmul_rate(self.world.device, stage.precision.dtype)
@@ -240,12 +253,12 @@ def load_tokenizer(recipe: GeneratorRecipe, world: World) -> Model:
         if named and (inner / "config.json").is_file():
             named = str(inner)
             break
-    return qlip_core.load(
-        find_model(named or None),
-        backend="torch",
-        device=str(world.device),
-        dtype=recipe.tokenizer_dtype,
+    # Without the generator that may lie in its folder, made for this tokenizer or for an older one.
+    checkpoint = open_checkpoint(named or None)
+    network = get_backend("torch").network(
+        checkpoint.config, checkpoint, device=str(world.device), dtype=recipe.tokenizer_dtype
     )
+    return Model(checkpoint, network, "torch")
 
 
 def make_conditioner(config: GeneratorConfig, tokenizer: Model, world: World) -> Conditioner:
