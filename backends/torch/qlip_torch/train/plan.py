@@ -132,7 +132,7 @@ def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not isinstance(settings, Stage1Recipe):
         return ("down", "up", "decoder"), STAGE2_PARTS
     run = PARTS if settings.decodes else ("text", "encoder", "down")
-    return tuple(part for part, rate in settings.rates.items() if rate), run
+    return settings.trained, run
 
 
 def _state_bytes(recipe: Recipe, present: int, trained: int, ema: bool, devices: int) -> int:

@@ -243,23 +243,29 @@ class Stage1Recipe(StageRecipe):
         super().__post_init__()
         at_least(self, 0, "align")
         at_least(self, 1, "max_logit_scale")
-        if not any(self.rates.values()):
+        rates = self.learning_rate
+        if not any((rates.rest, rates.encoder, rates.text, rates.decoder)):
             raise RecipeError("learning_rate: every rate is 0, so nothing would be trained")
 
     @property
-    def rates(self) -> dict[str, float]:
-        """The learning rate of each part of the model (`qlip_core.architecture.PARTS`).
+    def idle(self) -> tuple[str, ...]:
+        """The parts of the model (`qlip_core.architecture.PARTS`) that no loss asks for."""
+        if self.decodes:
+            return ()
+        return ("up", "decoder") if self.bsq else ("down", "up", "decoder")
 
-        0: frozen, by the recipe or because no loss asks for what it makes.
-        """
-        rates, decodes = self.learning_rate, self.decodes
-        return {
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that gradients reach and a rate is given for."""
+        rates = self.learning_rate
+        given = {
             "text": rates.text,
             "encoder": rates.encoder,
-            "down": rates.rest if decodes or self.bsq else 0.0,
-            "up": rates.rest if decodes else 0.0,
-            "decoder": rates.decoder if decodes else 0.0,
+            "down": rates.rest,
+            "up": rates.rest,
+            "decoder": rates.decoder,
         }
+        return tuple(part for part, rate in given.items() if rate and part not in self.idle)
 
     @property
     def decodes(self) -> bool:

@@ -141,10 +141,10 @@ def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
 
 def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
     """Take gradients from the parameters that this stage does not train."""
-    groups, parts, table = _rates(recipe), recipe.rates, architecture(model.config)
+    rates, table = _rates(recipe), architecture(model.config)
     for name, parameter in model.named_parameters():
-        trained = groups[group_of(name)] > 0 and parts[table[name].part] > 0
-        parameter.requires_grad_(trained)
+        asked_for = table[name].part not in recipe.idle
+        parameter.requires_grad_(asked_for and rates[group_of(name)] > 0)
 
 
 def _rates(recipe: Stage1Recipe) -> dict[str, float]:
