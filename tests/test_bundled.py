@@ -84,7 +84,7 @@ def test_it_knows_the_names_that_training_saw(reference: qlip.Model) -> None:
     emoji = EmojiSet(64, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
     drawn = [emoji.sample(i)[0] for i in range(100)]
     found = reference.classify(drawn, CLASS_NAMES_100, templates=("{}",)).argmax(1)
-    assert (found == np.arange(100)).mean() > 0.6
+    assert (found == np.arange(100)).mean() > 0.7
 
 
 def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt(
@@ -96,6 +96,9 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt(
         other = qlip.load(backend=backend).generate_tokens(prompts, seed=0)
         np.testing.assert_array_equal(other.bits, tokens.bits)
     apple = reference.decode(tokens)[1].astype(int)
+    # By its own classifier the cat is nearer to "a cat" than to nearly all the other names.
+    scores = reference.similarity(reference.decode(tokens)[:1], CLASS_NAMES_100)[0]
+    assert (scores > scores[CLASS_NAMES_100.index("a cat")]).sum() < 5
     corners = apple[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
     middle = apple[24:40, 24:40].mean((0, 1))
     assert corners[2] > corners[0] + 50 and middle[0] > middle[2] + 50

@@ -1,0 +1,45 @@
+"""What an unseen name can be read from: top-1 by how many of its words training's captions held.
+
+    python docs/unseen.py [MODEL]
+
+The table of the model card. Words such as "a" and "of" are not counted.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+import qlip_core as qlip
+from qlip_core.data.captions import names_of
+from qlip_core.data.emoji import seen_glyphs
+from qlip_core.evaluation.emoji import UNSEEN_CLASS_NAMES, unseen_class_examples
+
+SMALL_WORDS = {"a", "an", "the", "of", "and", "with", "in", "on", "its", "to", "at"}
+GROUPS = ("all words known", "some words known", "no word known")
+
+
+def group_of(name: str, known: set[str]) -> str:
+    words = [word for word in name.split() if word not in SMALL_WORDS]
+    found = sum(word in known for word in words)
+    return GROUPS[0] if found == len(words) else GROUPS[1] if found else GROUPS[2]
+
+
+def main(name: str | None) -> None:
+    model = qlip.load(name)
+    known = {word for glyph in seen_glyphs() for each in names_of(glyph) for word in each.split()}
+    examples = list(unseen_class_examples(model.config.image_size))
+    images = model.embed_images(np.stack([example.image for example in examples]))
+    scores = images @ model.embed_labels(UNSEEN_CLASS_NAMES).T
+    right = [UNSEEN_CLASS_NAMES[best] == e.label for best, e in zip(scores.argmax(1), examples)]
+    by_group: dict[str, list[bool]] = {group: [] for group in GROUPS}
+    for example, hit in zip(examples, right):
+        by_group[group_of(example.label, known)].append(hit)
+    for group, hits in by_group.items():
+        names = sum(group_of(name, known) == group for name in UNSEEN_CLASS_NAMES)
+        print(f"{group:<18} {names:3} names  {len(hits):4} renderings  top-1 {np.mean(hits):6.1%}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)
