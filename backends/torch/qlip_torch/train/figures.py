@@ -56,7 +56,8 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         if points and key != "high":
             series[f"bits: {key}"] = points
     columns = 3
-    rows = -(-(len(series) + 1) // columns)
+    probed = [v for v in lines if "layer_norms" in v]
+    rows = -(-(len(series) + bool(probed)) // columns)
     figure = Figure(figsize=(4.5 * columns, 2.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
     for i, (name, points) in enumerate(series.items(), 1):
@@ -67,15 +68,15 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis.grid(alpha=0.3)
         if name in ("mse", "align", "gradient norm") and min(y for _, y in points) > 0:
             axis.set_yscale("log")
-    axis = figure.add_subplot(rows, columns, len(series) + 1)
-    probed = [v for v in lines if "layer_norms" in v]
-    for name in probed[-1]["layer_norms"] if probed else []:
-        axis.plot([v["step"] for v in probed], [v["layer_norms"][name] for v in probed], label=name)
-    axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
     if probed:
+        axis = figure.add_subplot(rows, columns, len(series) + 1)
+        for name in probed[-1]["layer_norms"]:
+            norms = [v["layer_norms"][name] for v in probed]
+            axis.plot([v["step"] for v in probed], norms, label=name)
+        axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
         axis.set_yscale("log")
         axis.legend(fontsize=7)
-    axis.grid(alpha=0.3)
+        axis.grid(alpha=0.3)
     _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
     return True
 
