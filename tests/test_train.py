@@ -266,6 +266,11 @@ def test_the_text_tower_alone_can_learn_on(place: Path, whole_run: Path, tmp_pat
     assert all(np.array_equal(new[name], again[name]) for name in new)
 
 
+def test_a_random_encoder_is_not_frozen(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="encoder would stay random"):
+        run(place, tmp_path, **LOCKED)
+
+
 def test_a_plan_counts_what_is_trained(place: Path) -> None:
     recipe = recipe_of(place, **LOCKED)
     config = recipe.model.config()

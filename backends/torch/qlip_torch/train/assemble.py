@@ -89,6 +89,11 @@ def first_start(recipe: Recipe, folder: Path) -> Start:
     """Stage 1's beginning: the recipe's model, random or from `start`."""
     if recipe.start.checkpoint:
         return start_from(open_checkpoint(recipe.start.checkpoint), recipe.start.checkpoint)
+    if not recipe.stage1.learning_rate.encoder and not recipe.start.encoder:
+        raise RecipeError(
+            "stage1.learning_rate.encoder is 0, and the encoder would stay random: give start.checkpoint "
+            "(a trained QLIP) or start.encoder"
+        )
     files = tokenizer_folder(recipe, folder)
     tokenizer = Tokenizer.from_folder(files, recipe.model.config().text_config)
     if tokenizer is None:
