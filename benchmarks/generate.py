@@ -9,6 +9,13 @@ beside it the share of the bandwidth that summing the same weights reaches. Then
 float32, 8 pictures against one, guidance against none, and a plain loop over `transformers`' Llama of the
 same shape with its static cache, if that is installed. Weights are random: nothing here depends on them.
 
+On CUDA another table: bfloat16, sizes and batches, each step's time against what it must at least
+take, the larger of bytes (the weights once, and each picture's keys and values so far) over the rate of a copy
+and FLOPs over the rate of a product of 8192, both of the same run; and a guided picture of 576 sub-tokens
+beside LlamaGen's published loop (an A100) and vLLM's.
+
+    python benchmarks/generate.py --device cuda [--compile]
+
 MLX on Linux: preload a tuned BLAS, as in
     LD_PRELOAD=/lib/x86_64-linux-gnu/libopenblas.so.0 python benchmarks/generate.py --backend mlx
 """
@@ -167,6 +174,104 @@ def plain_loop(config: GeneratorConfig, tokens: int) -> Timed | None:
 # -- the table ---------------------------------------------------------------------------------
 
 
+# -- CUDA --------------------------------------------------------------------------------------
+
+# Seconds of a picture of 384 px (576 tokens) with guidance, as LlamaGen's authors give them: (loop, vLLM).
+LLAMAGEN = {"L": (13.72, 3.48), "XL": (19.76, 4.84)}
+
+
+def random_on_cuda(config: GeneratorConfig, compile: bool) -> GeneratorNetwork:
+    """As `TorchBackend.generator`, with weights made where they stay."""
+    import torch
+
+    from qlip_torch.generator import Generator
+    from qlip_torch.sampler import TorchGenerator
+
+    with torch.device("meta"):
+        model = Generator(config).to(torch.bfloat16)
+    model.to_empty(device="cuda")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if parameter.ndim > 1 else parameter.data.fill_(
+            1
+        )
+    model = model.requires_grad_(False).eval().fuse()
+    if compile:
+        for block in model.blocks():
+            block.compile(dynamic=False)
+    return TorchGenerator(model, device="cuda", dtype="bfloat16")
+
+
+def copy_rate() -> float:
+    """Bytes a second of a copy on the device, read and written."""
+    import torch
+
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(6):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2**30 / min(seconds)
+
+
+def cuda(rounds: int, compile: bool, seconds: float) -> None:
+    import torch
+
+    from qlip_torch.train.throughput import matmul_rate
+
+    copy, product = copy_rate(), matmul_rate("cuda", torch.bfloat16)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16"
+        f"{', compiled' if compile else ''}; a copy {copy / 1e12:.2f} TB/s, a product "
+        f"{product / 1e12:.0f} TFLOP/s"
+    )
+    print(f"{'size':5}{'pictures':>9}{'':>10}{'sub-tokens/s':>14}{'ms a step':>11}{'share of limit':>16}"
+          f"{'576 sub-tokens':>16}")  # fmt: skip
+    began = time.perf_counter()
+    for size, batches in (("B", (1, 8, 64)), ("XL", (1, 8, 64)), ("L", (1,))):
+        config = PRESETS[size]
+        network = random_on_cuda(config, compile)
+        for batch in batches:
+            # Guided: one picture costs two rows.
+            for guided in (False, True) if batch == 1 else (False,):
+                if time.perf_counter() - began > seconds:
+                    return
+                scale = config.sampling.cfg_scale if guided else 1.0
+                sampling = Sampling(cfg_scale=scale, top_k=config.sampling.top_k)
+                steps = config.tokens_per_image
+                run = drawing(network, order_of(config, batch, steps - CHUNK, sampling))
+                run()
+                took = sorted(run() for _ in range(rounds))[rounds // 2] / (steps - CHUNK)
+                rows = batch * (1 + guided)
+                limit = max(*least(config, rows, copy, product))
+                other = LLAMAGEN.get(size) if guided else None
+                print(
+                    f"{size:5}{batch:9}{'guided' if guided else '':>10}{batch / took:14.0f}"
+                    f"{took * 1e3:11.3f}{limit / took:16.0%}{576 * took:15.2f}s"
+                    + (f"  LlamaGen {other[0]} s, vLLM {other[1]} s" if other else ""),
+                    flush=True,
+                )
+
+
+def least(config: GeneratorConfig, rows: int, copy: float, product: float) -> tuple[float, float]:
+    """Seconds that a step takes at least, on average over a picture: by bytes, and by FLOPs."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    block = config.hidden_size * (
+        heads * config.head_dim + config.hidden_size + 3 * config.intermediate_size
+    )
+    weights = config.num_hidden_layers * block + config.hidden_size * config.visual_vocab_size
+    so_far = config.prefix_length + config.tokens_per_image / 2
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * so_far
+    # bfloat16: two bytes each; a copy's rate counts bytes read and bytes written.
+    return 2 * (weights + rows * cache) / copy, 2 * rows * (weights + cache) / product
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--backend", default="torch", choices=("torch", "mlx"))
@@ -175,7 +280,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--compile", action="store_true", help="on CUDA: the blocks, by torch.compile"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="on CUDA: begin no line after so many"
+    )
     args = parser.parse_args()
+    if args.device.startswith("cuda"):
+        return cuda(args.rounds, args.compile, args.seconds)
 
     backend = get_backend(args.backend)
     device = choose_device(backend, args.device)

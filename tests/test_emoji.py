@@ -218,7 +218,7 @@ def test_plain_sets_can_tell_of_the_background():
         assert any(caption.endswith(each) for each in scenes.captions(scenes.scene(i)))
         told.append(about["colours"][0] in caption)
     assert 0.5 < np.mean(told) < 0.9
-    with pytest.raises(DataError, match="wording 'long': must be one of name, scene"):
+    with pytest.raises(DataError, match="wording 'long': must be one of name, scene, described"):
         EmojiSet(64, 0, wording="long")  # type: ignore[arg-type]
 
 

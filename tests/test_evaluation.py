@@ -285,6 +285,22 @@ def test_reconstruction_without_a_quantizer_and_of_broken_images(tmp_path: Path)
 # -- text and images ---------------------------------------------------------------------------
 
 
+def test_classes_can_be_told_in_other_words_than_their_names(model: qlip.Model) -> None:
+    examples = ExampleList(
+        "two",
+        [
+            Example(f"{i}", image, "", name)
+            for i, (image, name) in enumerate(zip(pictures(2), "ab"))
+        ],
+    )
+    told = {"a": "red", "b": "green"}
+    result = evaluate_zero_shot(model, examples, ["a", "b"], told=told)
+    scores = model.similarity(pictures(2), ["red", "green"])
+    assert result.scores["top-1"] == np.mean(scores.argmax(1) == np.arange(2))
+    named = evaluate_zero_shot(model, examples, ["a", "b"])
+    assert named.protocol != result.protocol  # never compared
+
+
 def test_zero_shot_is_classify(model: qlip.Model) -> None:
     examples = coloured(10)
     templates = ("{}", "a picture of {}")
@@ -619,13 +635,16 @@ def test_eval_of_emoji_names_what_is_zero_shot(
 
     shared = [str(folder), "emoji", "--backend", "numpy", "--limit", "4", "--json"]
     for task, names in (
-        ("zero-shot", ["seen-names", "zero-shot-unseen-names"]),
+        (
+            "zero-shot",
+            ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"],
+        ),
         ("retrieval", ["retrieval-seen-names", "retrieval-zero-shot-unseen-names"]),
     ):
         assert main(["eval", task, *shared]) == 0
         results = json.loads(capsys.readouterr().out)["results"]
         assert [r["name"] for r in results] == names
-        assert "unseen" in results[1]["protocol"]["dataset"]
+        assert all("unseen" in result["protocol"]["dataset"] for result in results[1:])
 
 
 def test_data_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

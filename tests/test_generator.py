@@ -560,13 +560,18 @@ def test_tokens_of_a_generator_are_the_tokenizers(model: Model) -> None:
 
 
 def test_the_recorded_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is recorded on CUDA, run without recording: indices from tensors, masks over the whole cache."""
+    """What is recorded on CUDA, run without recording: indices from tensors, masks over the cache."""
 
     class Again:
-        def __init__(self, replay: Callable[[], None]) -> None:
-            self.replay = replay
+        def __init__(self, recording: Recording, number: int, limit: int) -> None:
+            self.recording, self.number, self.limit = recording, number, limit
 
-    monkeypatch.setattr(Recording, "_record", lambda self, j: Again(lambda: self._step(j)))
+        def replay(self) -> None:
+            self.recording.state.cache.limit = self.limit
+            self.recording._step(self.number)
+
+    monkeypatch.setattr(Recording, "_record", lambda self, *which: Again(self, *which))
+    monkeypatch.setattr("qlip_torch.sampler._REACH", 8)  # several in a picture
     for config in (BASE, CONFIGS["separate rows"]):
         weights, captions = weights_of(config), captions_of(config)
         network = TorchGenerator(

@@ -29,7 +29,7 @@ from qlip_core.text import Tokenizer
 from qlip_torch.generator import Generator
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
-from qlip_torch.train.generator.feed import ImageFeed, Rows, TokenFeed, dropped, make_feed
+from qlip_torch.train.generator.feed import ImageFeed, Prepared, Rows, TokenFeed, dropped, make_feed
 from qlip_torch.train.generator.plan import forward_flops, make_plan
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.run import make_conditioner, train_generator
@@ -144,7 +144,7 @@ def test_the_loss_is_the_references_cross_entropy(place: Path) -> None:
         logits = reference.image_logits(tensors, config, captions, rows.tokens)
         likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         found.append(-np.take_along_axis(likely, rows.tokens[..., None], -1).mean())
-    report = stage.step(batches, 0)
+    report = stage.step([stage.inputs(rows) for rows in batches], 0)
     assert report.terms["cross_entropy"] == pytest.approx(np.mean(found), rel=1e-5)
     assert report.total == report.terms["cross_entropy"]
     assert abs(report.total - np.log(16)) < 0.05  # 4 bits, nothing learnt
@@ -156,7 +156,7 @@ def test_micro_batches_are_one_batch(place: Path) -> None:
         recipe = recipe_of(place, "model.dropout=0.0", f"training.micro_batch={micro}")
         stage, model = stage_of(recipe)
         feed = make_feed(recipe, stage.model.config, model, CPU)
-        report = stage.step([next(feed) for _ in range(8 // micro)], 0)
+        report = stage.step([stage.inputs(next(feed)) for _ in range(8 // micro)], 0)
         norms.append((report.total, report.gradient_norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
 
@@ -166,6 +166,22 @@ def test_it_learns(place: Path, tmp_path: Path) -> None:
     run(recipe_of(place, "model.dropout=0.0", *changes), tmp_path / "run")
     losses = [loss for _, loss, _ in curve(tmp_path / "run")]
     assert losses[0] > 2.7 and losses[-1] < 0.35 * losses[0]
+
+
+def test_rows_made_ahead_are_the_same_rows(place: Path) -> None:
+    recipe = recipe_of(place)
+    stage, model = stage_of(recipe)
+    found, states = [], []
+    for ahead in (False, True):
+        feed = Prepared(
+            make_feed(recipe, stage.model.config, model, CPU), stage.inputs, ahead=ahead
+        )
+        with feed.opened():
+            found.append([next(feed) for _ in range(3)])
+        states.append(feed.state_dict())
+    for one, other in zip(*found):
+        assert all(torch.equal(a, b) for a, b in zip(one, other))
+    assert states[0] == states[1]  # of what was handed out, not of what lies ready
 
 
 def test_dropped_captions_follow_from_seed_and_row() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -156,33 +156,39 @@ def zero_shot(
     """Classification by the names of classes: top-1 and top-5.
 
     An image's class is the folder it lies in, else "label" in its metadata, else its caption. With
-    "emoji" there are two results: names that training saw, in new renderings, which is not zero-shot,
-    and names that it never saw, which is.
+    "emoji" there are three results: names that training saw, in new renderings, which is not zero-shot,
+    and names that it never saw, which is, alone and with a description of each.
     """
-    names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["zero-shot"]
+    names = ["zero-shot"]
+    if data == EMOJI:
+        names = ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"]
     saving = Saving(out, names, force)
     said = read_lines(templates) if templates is not None else ["{}"]
     network = load(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot
 
-    sets: list[tuple[Examples, Sequence[str] | None]]
+    sets: list[tuple[Examples, Sequence[str] | None, Mapping[str, str] | None]]
     if data == EMOJI:
         size, count = network.config.image_size, limit or emoji.HELD_OUT
+        unseen = emoji.UNSEEN_CLASS_NAMES
+        described = emoji.unseen_class_examples(size, count, title=emoji.DESCRIBED_TITLE)
         sets = [
-            (emoji.seen_class_examples(size, count), emoji.CLASS_NAMES_100),
-            (emoji.unseen_class_examples(size, count), emoji.UNSEEN_CLASS_NAMES),
+            (emoji.seen_class_examples(size, count), emoji.CLASS_NAMES_100, None),
+            (emoji.unseen_class_examples(size, count), unseen, None),
+            (described, unseen, emoji.unseen_descriptions()),
         ]
     else:
-        sets = [(stored(data, limit, classes), None)]
+        sets = [(stored(data, limit, classes), None, None)]
     results = []
-    for name, (examples, every) in zip(names, sets):
+    for name, (examples, every, told) in zip(names, sets):
         with progress("classifying", count_of(examples)) as advance:
             result = evaluate_zero_shot(
                 network,
                 examples,
                 every,
                 templates=said,
+                told=told,
                 batch_size=batch_size,
                 progress=advance,
             )

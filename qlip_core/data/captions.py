@@ -3,7 +3,7 @@
 from itertools import product
 
 from qlip_core.data.draws import Draws, stable_hash
-from qlip_core.data.emoji_names import Glyph, all_glyphs, glyph_by_code
+from qlip_core.data.emoji_names import Glyph, all_glyphs, glyph_by_code, glyph_by_name
 from qlip_core.data.palette import PALETTE
 from qlip_core.data.scenes import LARGE, SMALL, Background, PlacedGlyph, Scene
 
@@ -142,6 +142,19 @@ def name_caption(scene: Scene) -> str:
     return _subjects(scene, _primary(scene))[0]
 
 
+def described(name: str) -> str:
+    """A glyph's primary name and what it looks like: "a red apple, a round red fruit with …"."""
+    return f"{name}, {glyph_by_name()[name].description}"
+
+
+def described_caption(scene: Scene) -> str:
+    """What stands in the picture by its looks, half of the time beside its names."""
+    glyphs = [glyph_by_code()[placed.code] for placed in scene.glyphs]
+    if Draws(_WORDING, scene.wording).chance(0.5):
+        return _joined([glyph.description for glyph in glyphs])
+    return _joined([described(glyph.name) for glyph in glyphs])
+
+
 def full_caption(scene: Scene) -> str:
     """Primary names, size where it is marked, places and background, always in the same words."""
     names, ground = _primary(scene), ground_words(scene.background)[0]
@@ -206,6 +219,7 @@ def caption_corpus() -> list[str]:
             texts += [name, name, name, _on(name, _fix_articles(ground))]
             texts.append(f"{OPENINGS[number % len(OPENINGS)]} {name}")
             texts.append(f"{sized(name, 'small') or name} {places[number % len(places)]}")
+        texts.append(described(glyph.name))
     pairs = [phrase for phrases in _PAIR_WORDS.values() for phrase in phrases]
     texts += [
         phrase.format(a="a large thing", b="a little thing") for phrase in pairs for _ in range(5)

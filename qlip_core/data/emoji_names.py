@@ -1,7 +1,8 @@
 """What each emoji is called: the table of names, and which names training sees.
 
 `emoji_names.tsv` has one line a glyph: code point, `*` if it is a common thing, its name as it stands
-in a caption (article included), other names for it, and the palette colours it would vanish on.
+in a caption (article included), other names for it, the palette colours it would vanish on, and what it
+looks like, in words that recur over all glyphs ("a round red fruit with a green leaf").
 """
 
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Glyph:
     synonyms: tuple[str, ...]
     common: bool
     clashes: tuple[str, ...]
+    description: str
 
     @property
     def unseen(self) -> bool:
@@ -45,7 +47,7 @@ def parse_names(table: str) -> tuple[Glyph, ...]:
     for line in table.splitlines():
         if line.startswith("#"):
             continue
-        code, common, name, synonyms, clashes = line.split("\t")
+        code, common, name, synonyms, clashes, description = line.split("\t")
         glyphs.append(
             Glyph(
                 code=int(code, 16),
@@ -53,6 +55,7 @@ def parse_names(table: str) -> tuple[Glyph, ...]:
                 synonyms=tuple(synonyms.split("|")) if synonyms else (),
                 common=common == "*",
                 clashes=tuple(clashes.split("|")) if clashes else (),
+                description=description,
             )
         )
         assert set(glyphs[-1].clashes) <= PALETTE.keys()

@@ -26,7 +26,7 @@ from qlip_core.data.scenes import (
 from qlip_core.errors import DataError
 
 Split = Literal["train", "held-out", "combinations", "unseen"]
-Wording = Literal["name", "scene"]
+Wording = Literal["name", "scene", "described"]
 
 
 class EmojiSet:
@@ -40,7 +40,8 @@ class EmojiSet:
     plain: one large upright glyph in the middle of a plain background, the glyphs taking turns
       (sample i shows glyph i modulo their number).
     wording: "scene" captions tell of glyphs, mostly background, now and then size and place; "name"
-      ones only what stands in the picture. By default "name" where plain, "scene" elsewhere.
+      ones only what stands in the picture, "described" ones what that looks like, half of them with
+      names too. By default "name" where plain, "scene" elsewhere.
     names: only these glyphs, by primary name.
     common_share: share of the glyphs drawn from the common ones alone, on top of their own share.
     font: a font file; by default the first colour-emoji font found on the machine.
@@ -114,7 +115,12 @@ class EmojiSet:
 
     def caption(self, scene: Scene) -> str:
         """The scene's caption, one of `captions`, in the set's wording."""
-        return captions.name_caption(scene) if self.wording == "name" else captions.caption(scene)
+        wordings = {
+            "name": captions.name_caption,
+            "scene": captions.caption,
+            "described": captions.described_caption,
+        }
+        return wordings[self.wording](scene)
 
     def captions(self, scene: Scene) -> tuple[str, ...]:
         """Every caption that is true of the scene."""

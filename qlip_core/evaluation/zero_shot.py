@@ -6,7 +6,7 @@ them, which is for the set to say (see `qlip_core.evaluation.emoji`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -26,20 +26,22 @@ def evaluate_zero_shot(
     classes: Sequence[str] | None = None,
     *,
     templates: Sequence[str] = TEMPLATES,
+    told: Mapping[str, str] | None = None,
     batch_size: int = DEFAULT_BATCH,
     progress: Callable[[int], None] | None = None,
 ) -> Result:
     """Share of images whose class is the nearest text (top-1), or among the five nearest (top-5).
 
-    A class' text is the mean of its embeddings over `templates`; `classes` defaults to all labels of the
-    set, sorted. Texts that tie count as nearer than the right one. Raises DataError for an image without
+    A class' text is the mean of its embeddings over `templates`; `told` gives classes other words than
+    their names there, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts that tie count as nearer than the right one. Raises DataError for an image without
     a label, a label that is no class, or fewer than 2 classes.
     """
     classes = labels_of(examples) if classes is None else list(classes)
     if len(classes) < 2 or len(set(classes)) < len(classes):
         raise DataError(f"{examples.name}: {len(classes)} classes; need 2 or more, all different")
     number = {name: i for i, name in enumerate(classes)}
-    texts = model.embed_labels(classes, templates)  # [C, P]
+    words = [(told or {}).get(name, name) for name in classes]
+    texts = model.embed_labels(words, templates)  # [C, P]
     broken, reference = Tally(), ReferenceHash()
     truth: list[int] = []
     ranks = []
@@ -85,6 +87,7 @@ def evaluate_zero_shot(
             "classes": len(classes),
             "classes_sha256": text_hash(classes),
             "templates": list(templates),
+            **({"told_sha256": text_hash(words)} if told else {}),
         },
     )
     return Result(protocol, scores_out, {"classes": per_class}, broken.to_dict())

@@ -305,17 +305,17 @@ PRESETS: Mapping[str, GeneratorConfig] = {
     "XL": _llamagen(36, 20, 1280),
     "XXL": _llamagen(48, 24, 1536),
     "3B": _llamagen(24, 32, 3200),
-    # Small enough to ship: 64 px in patches of 8, four sub-tokens of 7 bits with rows of their own.
+    # Small enough to ship: 96 px in patches of 8, four sub-tokens of 7 bits with rows of their own.
     "emoji": GeneratorConfig(
-        256,
+        320,
+        8,
         5,
-        4,
-        intermediate_size=512,
-        grid=(8, 8),
+        intermediate_size=864,
+        grid=(12, 12),
         group_size=7,
         sub_tokens=4,
         separate_sub_tokens=True,
-        condition_size=128,
+        condition_size=192,
         prefix_length=32,
         sampling=Sampling(cfg_scale=3.0),
     ),

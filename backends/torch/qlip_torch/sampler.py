@@ -91,7 +91,7 @@ class Cache:
     """Keys and values of all positions, [layers, 2, B, K, S, d], allocated once.
 
     `at` says where the next positions go: a slice, or, where a recorded step must not depend on the
-    host, an index tensor, and then all S positions come back, to be masked.
+    host, an index tensor, and then the first `limit` positions come back, to be masked.
     """
 
     def __init__(self, model: Generator, batch: int, device: str, dtype: torch.dtype) -> None:
@@ -101,6 +101,7 @@ class Cache:
         # Zeros: what is masked is multiplied by 0, and must not be NaN.
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.at: slice | Tensor = slice(0, 0)
+        self.limit = config.sequence_length
         self.layers: list[LayerCache] = [_Layer(self, *pair) for pair in self.store]
 
 
@@ -115,7 +116,7 @@ class _Layer:
         if isinstance(at, Tensor):
             self.keys.index_copy_(2, at, keys)
             self.values.index_copy_(2, at, values)
-            return self.keys, self.values
+            return self.keys[:, :, : self.cache.limit], self.values[:, :, : self.cache.limit]
         self.keys[:, :, at] = keys
         self.values[:, :, at] = values
         return self.keys[:, :, : at.stop], self.values[:, :, : at.stop]
@@ -174,7 +175,8 @@ class TorchGenerator:
         rope = self._rope[0][:T], self._rope[1][:T]
         prefix = self.model.embed_prefix(features, null)
         mask = causal_mask(T, seen) if padded else None
-        states = self.model.model(prefix, rope, mask, cache.layers)[:, -1]
+        with torch.compiler.set_stance("force_eager"):  # once a picture: not worth a compilation
+            states = self.model.model(prefix, rope, mask, cache.layers)[:, -1]
         after = F.pad(seen, (0, self.config.sequence_length - T), value=True)[:, None, None]
         drawn = torch.zeros(len(order.captions), order.steps, dtype=torch.int64, device=self.device)
         keys = torch.from_numpy(order.keys.view(np.int32)).to(self.device)
@@ -232,20 +234,35 @@ class TorchGenerator:
 
 
 Run = Callable[[int, int], None]
+# Recorded steps attend to a multiple of so many positions.
+_REACH = 256
 
 
 class Recording:
-    """One step for each sub-token number of a patch, recorded as CUDA graphs: the step's own number,
-    the cache's position and the noise's keys are read from device memory, so a replay asks the host
-    for nothing."""
+    """Steps recorded as CUDA graphs, one for each sub-token number of a patch and each `limit` on how far
+    back attention looks: the step's own number, the cache's position and the noise's keys are read from
+    device memory, so a replay asks the host for nothing."""
 
     def __init__(self, network: TorchGenerator, order: Draw, state: _State, shape: object) -> None:
         self.network, self.order, self.state, self.shape = network, order, state, shape
+        config = network.config
         # Of sub-tokens drawn so far; starts at 1, the first comes from the prefix.
         self.count = torch.ones(1, dtype=torch.int64, device=network.device)
-        self.places = torch.arange(network.config.sequence_length, device=network.device)
-        self.graphs = [self._record(number) for number in range(network.config.sub_tokens)]
+        self.places = torch.arange(config.sequence_length, device=network.device)
+        kept = state.cache.store.clone(), state.drawn.clone()
+        self.graphs = {
+            (number, limit): self._record(number, limit)
+            for limit in self._limits()
+            for number in range(config.sub_tokens)
+        }
+        state.cache.store.copy_(kept[0])
+        state.drawn.copy_(kept[1])
         self.count.fill_(1)
+
+    def _limits(self) -> list[int]:
+        """Reading the whole cache for a picture's first patches would double what attention reads."""
+        length = self.network.config.sequence_length
+        return [*range(_REACH, length, _REACH), length]
 
     def fill(self, state: _State) -> None:
         """The beginning of other pictures into the memory that the recordings work on."""
@@ -262,11 +279,14 @@ class Recording:
         self.count.fill_(1)
 
     def run(self, start: int, stop: int) -> None:
+        config = self.network.config
         for step in range(start, stop):
-            self.graphs[step % len(self.graphs)].replay()
+            reach = -(-(config.prefix_length + step) // _REACH) * _REACH
+            limit = min(reach, config.sequence_length)
+            self.graphs[step % config.sub_tokens, limit].replay()
 
-    def _record(self, number: int) -> torch.cuda.CUDAGraph:
-        kept = self.state.cache.store.clone(), self.state.drawn.clone()
+    def _record(self, number: int, limit: int) -> torch.cuda.CUDAGraph:
+        self.state.cache.limit = limit
         side = torch.cuda.Stream(self.network.device)
         side.wait_stream(torch.cuda.current_stream(self.network.device))
         with torch.cuda.stream(side):  # libraries set themselves up outside of what is recorded
@@ -276,8 +296,6 @@ class Recording:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step(number)
-        self.state.cache.store.copy_(kept[0])
-        self.state.drawn.copy_(kept[1])
         return graph
 
     def _step(self, number: int) -> None:
@@ -289,9 +307,9 @@ class Recording:
         x = model.embed_sub_tokens(_twice(values, order.guided), before)
         at = state.cache.at = count + (config.prefix_length - 1)
         cos, sin = (table.index_select(0, at) for table in network._rope)
-        mask = self.places <= at
+        mask = self.places[: state.cache.limit] <= at
         if state.seen is not None:
-            mask = state.seen & mask
+            mask = state.seen[..., : state.cache.limit] & mask
         else:
             mask = mask.expand(len(x), 1, 1, -1)
         states = model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]

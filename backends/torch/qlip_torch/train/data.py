@@ -138,6 +138,7 @@ class Loader:
             collate_fn=_as_it_is,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=_start_worker if workers else None,
+            pin_memory=torch.cuda.is_available(),
             # Its own generator: the default one is the run's, and must not move with a restart.
             generator=torch.Generator().manual_seed(0),
         )

@@ -12,7 +12,7 @@ Two feeds, by what the sources allow. Legend: B rows of the global batch, W rank
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, repeat
 from typing import Any, Protocol
 
@@ -62,6 +62,10 @@ class Part:
     batch: Batch
     bad: list[Bad]
     lanes: dict[str, Any]
+
+    def pin_memory(self) -> Part:
+        """What the loader calls for a run on a GPU."""
+        return replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)

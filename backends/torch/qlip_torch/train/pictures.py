@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class Batch:
     ids: Tensor
     keys: list[str]
     captions: list[str] = field(default_factory=list)
+
+    def pin_memory(self) -> Batch:
+        """The same in page-locked memory, which a GPU copies from while the host goes on."""
+        return replace(self, pixels=self.pixels.pin_memory(), ids=self.ids.pin_memory())
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Stage1Network(nn.Module):
     def forward(self, pixels: Tensor, ids: Tensor, reconstruct: bool) -> Forward:
         """Pixels [B, 3, S, S] and ids [B, T]; without `reconstruct` the two means are 0."""
         model, device = self.model, self.precision.device
-        pixels, ids = pixels.to(device), ids.to(device)
+        pixels, ids = (x.to(device, non_blocking=True) for x in (pixels, ids))
         with self.precision.autocast():
             cls, z = model.encode(pixels)
             image, text = model.embed_image(cls), model.embed_text(ids)

@@ -63,7 +63,7 @@ class Stage2Network(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Encoded:
-        pixels = pixels.to(self.precision.device)
+        pixels = pixels.to(self.precision.device, non_blocking=True)
         with self.precision.autocast():
             return Encoded(pixels, self.model.encode(pixels)[1].contiguous())
 

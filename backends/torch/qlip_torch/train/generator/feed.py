@@ -5,12 +5,15 @@ Legend: b rows of this rank's micro-batch, M sub-tokens of a picture.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from qlip_core import bsq
 from qlip_core.data.draws import stable_hash
@@ -22,6 +25,10 @@ from qlip_core.model import Model
 from qlip_torch.train.data import Loader, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.generator.recipe import GeneratorRecipe
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What the generator is trained on (`Generator.forward`): caption features, which of them are valid, which
+captions are dropped, sub-tokens."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,46 @@ class ImageFeed:
 
     def opened(self) -> AbstractContextManager[Any]:
         return self._loader
+
+
+class Prepared:
+    """The feed's rows as a step takes them. `ahead`: the next ones are made in a thread of their own,
+    on a stream of their own, while a GPU is busy with the last."""
+
+    def __init__(
+        self, feed: TokenFeed | ImageFeed, prepare: Callable[[Rows], Inputs], *, ahead: bool
+    ) -> None:
+        self._feed, self._prepare = feed, prepare
+        self._state = feed.state_dict()
+        self._thread = ThreadPoolExecutor(1, "feed") if ahead else None
+        self._stream = torch.cuda.Stream() if ahead and torch.cuda.is_available() else None
+        self._next: Future[tuple[Inputs, dict[str, Any]]] | None = None
+
+    def __next__(self) -> Inputs:
+        if self._thread is None:
+            inputs, self._state = self._make()
+            return inputs
+        waiting = self._next or self._thread.submit(self._make)
+        inputs, self._state = waiting.result()
+        self._next = self._thread.submit(self._make)
+        return inputs
+
+    def _make(self) -> tuple[Inputs, dict[str, Any]]:
+        with torch.cuda.stream(self._stream):  # nothing where there is none
+            return self._prepare(next(self._feed)), self._feed.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the rows handed out so far end."""
+        return self._state
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        with self._feed.opened():
+            try:
+                yield
+            finally:
+                if self._thread is not None:
+                    self._thread.shutdown(cancel_futures=True)
 
 
 def make_feed(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ from qlip_torch.train.data import merge_states
 from qlip_torch.train.distributed import StopRequest, World, joined
 from qlip_torch.train.export import export_generator
 from qlip_torch.train.figures import save_curves
-from qlip_torch.train.generator.feed import make_feed
+from qlip_torch.train.generator.feed import Prepared, make_feed
 from qlip_torch.train.generator.plan import GeneratorPlan, forward_flops, make_plan
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.samples import save_samples
@@ -123,9 +124,9 @@ class _Run:
         """The plan, and everything built: weights, engine, optimizer, the first batch."""
         plan = self._plan()
         stage = self._build()
-        feed = make_feed(self.recipe, self.config, self.tokenizer, self.world)
+        feed = self._feed(stage, None)
         with feed.opened():
-            stage.inputs(next(feed))
+            next(feed)
         return plan
 
     def train(self) -> GeneratorPlan | None:
@@ -152,7 +153,7 @@ class _Run:
             done = resumed.state["step"]
             states = [rank["data"] for rank in resumed.ranks]
             data = states[0] if recipe.data.tokens else merge_states(states)
-        feed = make_feed(recipe, self.config, self.tokenizer, world, data)
+        feed = self._feed(stage, data)
         metrics = self._metrics(speed, done) if speed is not None else None
         try:
             with feed.opened():
@@ -180,6 +181,10 @@ class _Run:
             export_generator(out, out / FOLDER)
         world.barrier()
         return plan
+
+    def _feed(self, stage: GeneratorStage, data: dict[str, Any] | None) -> Prepared:
+        feed = make_feed(self.recipe, self.config, self.tokenizer, self.world, data)
+        return Prepared(feed, stage.inputs, ahead=self.world.device.type == "cuda")
 
     def _plan(self) -> GeneratorPlan | None:
         # Every rank: a recipe that does not divide over them is an error on each.

@@ -19,14 +19,13 @@ from qlip_core.generator.conditioning import Conditioner, encode_prompts
 from qlip_torch.generator import Generator
 from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, spread
 from qlip_torch.train.ema import Ema
-from qlip_torch.train.generator.feed import Rows, dropped
+from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
 from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, set_rates
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import GENERATOR
 from qlip_torch.train.stage import StepReport, fill_state, module_tensors, optimizer_tensors
 
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 LOSS = "cross_entropy"
 
 
@@ -74,17 +73,17 @@ class GeneratorStage:
         fill_state(self.optimizer)
         self.ema = Ema(model, self.recipe.ema) if self.recipe.ema else None
 
-    def step(self, batches: Sequence[Rows], step: int, *, probe: bool = False) -> StepReport:
-        """One update of the weights on this rank's micro-batches.
+    def step(self, batches: Sequence[Inputs], step: int, *, probe: bool = False) -> StepReport:
+        """One update of the weights on this rank's micro-batches, each from `inputs`.
 
         Raises NonFiniteError before the weights are touched.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
         set_rates(self.optimizer, rate)
         losses = []
-        for i, rows in enumerate(batches):
+        for i, inputs in enumerate(batches):
             with self._spread.syncing(i == len(batches) - 1):
-                loss = self._spread.module(*self.inputs(rows))
+                loss = self._spread.module(*inputs)
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
         # One wait for the device: the mean loss of the global batch and the gradient's norm.
