@@ -16,12 +16,12 @@ from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
 from qlip_core.hub import BUNDLED
 from qlip_core.metrics import psnr
 
-SHARD = Path(__file__).parent / "data" / "emoji-64.tar"
+SHARD = Path(__file__).parent / "data" / "emoji-96.tar"
 
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """16 held-out emoji scenes, uint8 [64, 64, 3]."""
+    """16 held-out emoji scenes, uint8 [96, 96, 3]."""
     found = []
     with tarfile.open(SHARD) as tar:
         for member in tar:
@@ -43,7 +43,7 @@ def test_it_reconstructs_what_training_never_saw(
     near = psnr(np.stack(pictures), reference.reconstruct(pictures))
     flat = np.stack([np.broadcast_to(p.mean((0, 1)), p.shape) for p in pictures])
     mean_colour = psnr(np.stack(pictures), flat.round().astype(np.uint8))
-    assert near.mean() > 22 and near.mean() > mean_colour.mean() + 6
+    assert near.mean() > 26 and near.mean() > mean_colour.mean() + 9
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
@@ -81,10 +81,10 @@ def test_it_says_what_it_is() -> None:
 
 
 def test_it_knows_the_names_that_training_saw(reference: qlip.Model) -> None:
-    emoji = EmojiSet(64, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
+    emoji = EmojiSet(96, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
     drawn = [emoji.sample(i)[0] for i in range(100)]
     found = reference.classify(drawn, CLASS_NAMES_100, templates=("{}",)).argmax(1)
-    assert (found == np.arange(100)).mean() > 0.7
+    assert (found == np.arange(100)).mean() > 0.95
 
 
 def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt(
@@ -95,10 +95,11 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt(
     for backend in ("torch", "mlx"):
         other = qlip.load(backend=backend).generate_tokens(prompts, seed=0)
         np.testing.assert_array_equal(other.bits, tokens.bits)
-    apple = reference.decode(tokens)[1].astype(int)
-    # By its own classifier the cat is nearer to "a cat" than to nearly all the other names.
-    scores = reference.similarity(reference.decode(tokens)[:1], CLASS_NAMES_100)[0]
-    assert (scores > scores[CLASS_NAMES_100.index("a cat")]).sum() < 5
+    pictures = reference.decode(tokens)
+    # By its own classifier each is the nearest of a hundred names to what was asked for.
+    found = reference.similarity(pictures, CLASS_NAMES_100).argmax(1)
+    assert [CLASS_NAMES_100[i] for i in found] == ["a cat", "a red apple"]
+    apple = pictures[1].astype(int)
     corners = apple[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
-    middle = apple[24:40, 24:40].mean((0, 1))
+    middle = apple[40:56, 40:56].mean((0, 1))
     assert corners[2] > corners[0] + 50 and middle[0] > middle[2] + 50

@@ -222,6 +222,24 @@ def test_plain_sets_can_tell_of_the_background():
         EmojiSet(64, 0, wording="long")  # type: ignore[arg-type]
 
 
+def test_every_glyph_is_described_apart_in_words_that_recur():
+    told = [glyph.description for glyph in all_glyphs()]
+    assert len(set(told)) == len(told)
+    for glyph in all_glyphs():
+        assert re.fullmatch(r"[a-z]+([ -][a-z]+){3,11}", glyph.description), glyph.name
+    seen = {word for glyph in seen_glyphs() for word in glyph.description.split()}
+    unseen = [word for glyph in all_glyphs() if glyph.unseen for word in glyph.description.split()]
+    assert np.mean([word in seen for word in unseen]) > 0.97
+
+
+def test_described_sets_tell_what_things_look_like():
+    emoji = EmojiSet(64, 0, plain=True, names=["a red apple"], wording="described")
+    looks = glyph_by_name()["a red apple"].description
+    told = Counter(emoji.caption(emoji.scene(i)) for i in range(100))
+    assert set(told) == {looks, f"a red apple, {looks}"}
+    assert 30 < told[looks] < 70
+
+
 # Pictures
 
 
@@ -241,6 +259,22 @@ def test_glyphs_are_where_the_captions_say(train: EmojiSet):
             for found, side in ((x, column), (y, row)):
                 assert abs(found - (0.5 + 0.27 * side)) < 0.05, (place, name)
             assert 0.15 < np.sqrt(mask.mean()) < 0.4
+
+
+@pytest.mark.parametrize("size", [0.2, 0.5, 0.8])
+def test_glyphs_are_turned_against_the_clock_about_their_middle(size: float):
+    emoji = EmojiSet(160, 0)
+
+    def paint(angle: float) -> Image.Image:
+        glyph = one("a guitar", size=size, angle=angle)
+        return Image.fromarray(emoji.render(Scene((glyph,), plain("white"), 0)))
+
+    def distance(other: Image.Image) -> float:
+        return np.abs(np.asarray(paint(15.0), int) - np.asarray(other, int)).mean() / size**2
+
+    turned = paint(0.0).rotate(15, Image.Resampling.BICUBIC, fillcolor=PALETTE["white"])
+    found = distance(turned), distance(paint(0.0)), distance(paint(-15.0))
+    assert found[0] < 3 and found[1] > 10 and found[2] > 10, found
 
 
 def test_backgrounds_are_what_the_captions_say(train: EmojiSet):

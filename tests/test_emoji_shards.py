@@ -75,10 +75,10 @@ def test_an_interrupted_set_is_not_taken_for_a_whole_one(tmp_path: Path):
 
 
 def test_the_shipped_shard_is_what_this_code_makes():
-    about = json.loads((SHIPPED / "emoji-64.json").read_text())
+    about = json.loads((SHIPPED / "emoji-96.json").read_text())
     emoji = EmojiSet(about["size"], about["seed"], about["split"])
     same_font = emoji.font.sha256() == about["font"]["sha256"]
-    with tarfile.open(SHIPPED / "emoji-64.tar") as tar:
+    with tarfile.open(SHIPPED / "emoji-96.tar") as tar:
         content = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # pyright: ignore
     assert len(content) == 3 * about["count"] == 144
     for i in range(about["count"]):

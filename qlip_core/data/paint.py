@@ -1,5 +1,7 @@
 """Painting a scene: the background, then each glyph turned, resized and laid on it."""
 
+import math
+
 import numpy as np
 from PIL import Image
 
@@ -7,14 +9,13 @@ from qlip_core.data.draws import uniform_grid
 from qlip_core.data.emoji_font import EmojiFont
 from qlip_core.data.scenes import Background, PlacedGlyph, Scene
 
-# Turning costs by the pixel, so a glyph is turned at the smallest of these shares of the font's own
-# size that still is a good deal larger than what it will be in the picture.
-_LEVELS = (0.5, 0.75, 1.0)
-_SPARE = 0.85
+# A glyph is kept at these shares of the font's own size, each a clean reduction of it: turned and brought
+# to its size in the picture in one go, from the next larger one, it is neither jagged nor slow.
+_LEVELS = (0.5, 0.6, 0.72, 0.86, 1.0)
 
 
 class Painter:
-    """Paints scenes at `size` x `size` pixels. Keeps each glyph once drawn (about 130 kB each)."""
+    """Paints scenes at `size` x `size` pixels. Keeps each glyph once drawn (about 220 kB each)."""
 
     def __init__(self, font: EmojiFont, size: int):
         self.font = font
@@ -39,16 +40,17 @@ class Painter:
             smaller = [whole.resize((w, w), Image.Resampling.BICUBIC) for w in widths]
             self._glyphs[code] = [*smaller, whole]
         levels = self._glyphs[code]
-        return next((glyph for glyph in levels if side <= _SPARE * glyph.width), levels[-1])
+        return next((glyph for glyph in levels if side <= glyph.width), levels[-1])
 
     def _lay(self, picture: Image.Image, placed: PlacedGlyph) -> None:
         side = placed.size * self.size
         glyph = self._glyph(placed.code, side)
-        scale = side / glyph.width
+        pixels = max(1, round(side))
         if placed.angle:
-            glyph = glyph.rotate(placed.angle, Image.Resampling.BICUBIC, expand=True)
-        pixels = max(1, round(scale * glyph.width))
-        glyph = glyph.resize((pixels, pixels), Image.Resampling.BICUBIC).convert("RGBA")
+            glyph, pixels = _turned(glyph, placed.angle, side)
+        elif pixels != glyph.width:
+            glyph = glyph.resize((pixels, pixels), Image.Resampling.BICUBIC)
+        glyph = glyph.convert("RGBA")
         left = round(placed.x * self.size - pixels / 2)
         top = round(placed.y * self.size - pixels / 2)
         picture.paste(glyph, (left, top), glyph)
@@ -87,3 +89,25 @@ class Painter:
     def _edge(self, wave: np.ndarray, slope: float) -> np.ndarray:
         """1 where `wave` > 0, its edge a pixel wide; `slope`: the wave's slope there, per side."""
         return np.clip(0.5 + wave * (self.size / slope), 0, 1)
+
+
+def _turned(glyph: Image.Image, angle: float, side: float) -> tuple[Image.Image, int]:
+    """The glyph turned by `angle` degrees against the clock, its own side `side` pixels long, and the side of
+    the square picture that holds it."""
+    # Smaller than half of what is kept: reduced first, or the turn would pick every other pixel.
+    if side < 0.8 * glyph.width:
+        width = max(1, round(side))
+        glyph = glyph.resize((width, width), Image.Resampling.BICUBIC)
+    cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
+    pixels = math.ceil(side * (abs(cos) + abs(sin)))
+    scale, half, middle = glyph.width / side, pixels / 2, glyph.width / 2
+    a, b = scale * cos, -scale * sin
+    # Where each pixel (x, y) of the result comes from: (a x + b y + c, -b x + a y + f).
+    c, f = middle - a * half - b * half, middle + b * half - a * half
+    turned = glyph.transform(
+        (pixels, pixels),
+        Image.Transform.AFFINE,
+        (a, b, c, -b, a, f),
+        Image.Resampling.BICUBIC,
+    )
+    return turned, pixels

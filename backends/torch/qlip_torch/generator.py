@@ -74,7 +74,8 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     )  # heads of a group as rows: nothing is repeated
     scores = (grouped @ k.transpose(2, 3)).float()  # [B, K, H/K, S]
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        hidden = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if hidden else scores + mask
     return (scores.softmax(-1).to(v.dtype) @ v).reshape(B, 1, H * d)
 
 
@@ -135,7 +136,8 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        """`mask` bool, broadcast to [B, H, Q, S]: what may be looked at; None: all before, causally."""
+        """`mask`, broadcast to [B, H, Q, S]: bool, what may be looked at, or what is added to the scores;
+        None: all before, causally."""
         q, k, v = self.project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)

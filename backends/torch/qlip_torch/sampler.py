@@ -62,9 +62,10 @@ def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     k = min(top_k, V) if top_k else V
     if k == V and top_p >= 1:
         return logits
-    largest = logits.topk(k).values
-    threshold = largest[:, -1:]
-    if top_p < 1:
+    if top_p >= 1:  # the order among them does not matter, and costs
+        threshold = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
+    else:
+        largest = logits.topk(k).values
         shares = largest.softmax(-1)
         count = (shares.cumsum(-1) - shares < top_p).sum(-1, keepdim=True).clamp_min(1)
         threshold = largest.gather(-1, count - 1)
@@ -87,6 +88,9 @@ def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
 # -- the cache ---------------------------------------------------------------------------------
 
 
+_ALIGNED = 16
+
+
 class Cache:
     """Keys and values of all positions, [layers, 2, B, K, S, d], allocated once.
 
@@ -97,11 +101,13 @@ class Cache:
     def __init__(self, model: Generator, batch: int, device: str, dtype: torch.dtype) -> None:
         config = model.config
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        shape = (layers, 2, batch, heads, config.sequence_length, config.head_dim)
+        # A multiple of 16 positions: fused attention would copy masks of other lengths.
+        length = -(-config.sequence_length // _ALIGNED) * _ALIGNED
+        shape = (layers, 2, batch, heads, length, config.head_dim)
         # Zeros: what is masked is multiplied by 0, and must not be NaN.
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.at: slice | Tensor = slice(0, 0)
-        self.limit = config.sequence_length
+        self.limit = length
         self.layers: list[LayerCache] = [_Layer(self, *pair) for pair in self.store]
 
 
@@ -177,7 +183,7 @@ class TorchGenerator:
         mask = causal_mask(T, seen) if padded else None
         with torch.compiler.set_stance("force_eager"):  # once a picture: not worth a compilation
             states = self.model.model(prefix, rope, mask, cache.layers)[:, -1]
-        after = F.pad(seen, (0, self.config.sequence_length - T), value=True)[:, None, None]
+        after = F.pad(seen, (0, cache.store.shape[4] - T), value=True)[:, None, None]
         drawn = torch.zeros(len(order.captions), order.steps, dtype=torch.int64, device=self.device)
         keys = torch.from_numpy(order.keys.view(np.int32)).to(self.device)
         scales = torch.from_numpy(order.scales).to(self.device)
@@ -222,7 +228,8 @@ class TorchGenerator:
 
         It is this order's alone until the pictures are done, so that two may be drawn in turns.
         """
-        shape = (order.sampling, order.guided, state.drawn.shape, state.seen is None)
+        padded = state.seen is not None
+        shape = (order.sampling, order.guided, order.every, state.drawn.shape, padded)
         recording, self._recording = self._recording, None
         if recording is not None and recording.shape == shape:
             recording.fill(state)
@@ -234,7 +241,7 @@ class TorchGenerator:
 
 
 Run = Callable[[int, int], None]
-# Recorded steps attend to a multiple of so many positions.
+# Recorded steps attend to a multiple of so many positions, or to all there are.
 _REACH = 256
 
 
@@ -248,7 +255,11 @@ class Recording:
         config = network.config
         # Of sub-tokens drawn so far; starts at 1, the first comes from the prefix.
         self.count = torch.ones(1, dtype=torch.int64, device=network.device)
-        self.places = torch.arange(config.sequence_length, device=network.device)
+        self.places = torch.arange(state.cache.store.shape[4], device=network.device)
+        # The noise of the steps from number `first` on, made outside of what is recorded: its many small
+        # operations cost as much for one step as for all.
+        self.first = torch.ones(1, dtype=torch.int64, device=network.device)
+        self.noise = network._noise(order, state.keys[: order.every])
         kept = state.cache.store.clone(), state.drawn.clone()
         self.graphs = {
             (number, limit): self._record(number, limit)
@@ -261,7 +272,7 @@ class Recording:
 
     def _limits(self) -> list[int]:
         """Reading the whole cache for a picture's first patches would double what attention reads."""
-        length = self.network.config.sequence_length
+        length = len(self.places)
         return [*range(_REACH, length, _REACH), length]
 
     def fill(self, state: _State) -> None:
@@ -280,9 +291,14 @@ class Recording:
 
     def run(self, start: int, stop: int) -> None:
         config = self.network.config
+        if self.noise is not None:
+            noise = self.network._noise(self.order, self.state.keys[start:stop])
+            assert noise is not None
+            self.noise[: len(noise)].copy_(noise)
+            self.first.fill_(start)
         for step in range(start, stop):
             reach = -(-(config.prefix_length + step) // _REACH) * _REACH
-            limit = min(reach, config.sequence_length)
+            limit = min(reach, len(self.places))
             self.graphs[step % config.sub_tokens, limit].replay()
 
     def _record(self, number: int, limit: int) -> torch.cuda.CUDAGraph:
@@ -307,17 +323,22 @@ class Recording:
         x = model.embed_sub_tokens(_twice(values, order.guided), before)
         at = state.cache.at = count + (config.prefix_length - 1)
         cos, sin = (table.index_select(0, at) for table in network._rope)
-        mask = self.places[: state.cache.limit] <= at
+        limit = state.cache.limit
+        mask = self.places[:limit] <= at
         if state.seen is not None:
-            mask = state.seen[..., : state.cache.limit] & mask
+            mask = state.seen[..., :limit] & mask
         else:
             mask = mask.expand(len(x), 1, 1, -1)
+        # To be added, and made so once: every layer would do it again.
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         states = model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]
         logits = model.visual_logits(states, number).float()
         if order.guided:
             logits = guide(logits, state.scales.index_select(0, count))
-        noise = network._noise(order, state.keys.index_select(0, count))
-        chosen = choose(logits, None if noise is None else noise[0], order.sampling)
+        noise = self.noise
+        if noise is not None:
+            noise = noise.index_select(0, count - self.first)[0]
+        chosen = choose(logits, noise, order.sampling)
         state.drawn.index_copy_(1, count, chosen[:, None])
         count += 1
 

@@ -17,6 +17,7 @@ What is guaranteed, with B the global batch, W ranks, b = B/W rows a rank:
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
@@ -394,15 +395,19 @@ def _end_with(parent: int) -> None:
 @contextmanager
 def _starting_workers() -> Iterator[None]:
     """Until a worker has its own handlers, signals wait; and `tokenizers`, which warns of a fork after it
-    used its threads, is told that the child will not."""
+    used its threads, is told that the child will not. What lies about when a worker is forked is frozen
+    for its garbage collector: a tensor of the GPU that it let go of would take the worker down."""
     name = "TOKENIZERS_PARALLELISM"
     silent = name not in os.environ
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if silent:
         os.environ[name] = "false"
+    gc.collect()
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()
         if silent:
             del os.environ[name]
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

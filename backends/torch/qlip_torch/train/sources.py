@@ -63,8 +63,8 @@ class EmojiSource:
         return cls(location, options)
 
     def read(self, index: int) -> Rendered:
-        image, caption, _ = self._emoji.sample(index)
-        return Rendered(f"emoji-{index}", image, caption)
+        scene = self._emoji.scene(index)
+        return Rendered(f"emoji-{index}", self._emoji.render(scene), self._emoji.caption(scene))
 
 
 def open_training_source(
