@@ -157,7 +157,7 @@ def zero_shot(
 
     An image's class is the folder it lies in, else "label" in its metadata, else its caption. With
     "emoji" there are three results: names that training saw, in new renderings, which is not zero-shot,
-    and names that it never saw, which is, alone and with a description of each.
+    and names that it never saw, which is, by the names and by descriptions of the things.
     """
     names = ["zero-shot"]
     if data == EMOJI:

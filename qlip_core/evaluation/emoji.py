@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from qlip_core.data.captions import described, full_caption, ground_words
+from qlip_core.data.captions import full_caption, ground_words
 from qlip_core.data.draws import Draws, stable_hash
 from qlip_core.data.emoji_names import CLASS_NAMES_100, UNSEEN_NAMES, glyph_by_name
 from qlip_core.data.emoji_set import EmojiSet, Split
@@ -27,7 +27,7 @@ UNSEEN_CLASS_NAMES: tuple[str, ...] = UNSEEN_NAMES[:CLASSES]
 
 SEEN_NAMES_TITLE = "100 seen names, unseen renderings"
 UNSEEN_NAMES_TITLE = "zero-shot: 100 unseen names"
-DESCRIBED_TITLE = "zero-shot: 100 unseen names, told with descriptions"
+DESCRIBED_TITLE = "zero-shot: 100 unseen names, told by descriptions"
 SEEN_CAPTIONS_TITLE = "captions of seen names, unseen renderings"
 UNSEEN_CAPTIONS_TITLE = "zero-shot: captions of unseen names"
 SEEN_PROMPTS_TITLE = "prompts of 100 seen names on backgrounds that training could show them on"
@@ -104,12 +104,12 @@ def unseen_class_examples(
 
 
 def unseen_descriptions() -> dict[str, str]:
-    """Each unseen name with what its glyph looks like: "a skunk, a black and white wild animal with …".
+    """For each unseen name what its glyph looks like: "a black and white striped wild animal with …".
 
     Classification by these is zero-shot too, of pictures and names that training never saw, by words that
     it met elsewhere; the descriptions were written with the pictures at hand.
     """
-    return {name: described(name) for name in UNSEEN_CLASS_NAMES}
+    return {name: glyph_by_name()[name].description for name in UNSEEN_CLASS_NAMES}
 
 
 def seen_caption_examples(size: int, count: int = CAPTIONS, seed: int = 0) -> EmojiExamples:

@@ -57,10 +57,11 @@ class TorchBackend:
         dtype: str,
     ) -> GeneratorNetwork:
         model = generator.load(config, weights, device=device, dtype=DTYPES[dtype])
-        if self.compile and device.startswith("cuda"):
+        compiled = self.compile and device.startswith("cuda")
+        if compiled:
             for block in model.blocks():
                 block.compile(dynamic=False)
-        return TorchGenerator(model, device=device, dtype=dtype)
+        return TorchGenerator(model, device=device, dtype=dtype, compiled=compiled)
 
     def t5(self, name: str, length: int, device: str) -> T5Encoder:
         """FLAN-T5's encoder for captions of at most `length` tokens (qlip_core.generator.conditioning)."""

@@ -146,8 +146,11 @@ class _State:
 class TorchGenerator:
     """A generator on a device, behind the interface of qlip_core.generator.network."""
 
-    def __init__(self, model: Generator, *, device: str, dtype: str) -> None:
-        self.model = model
+    def __init__(
+        self, model: Generator, *, device: str, dtype: str, compiled: bool = False
+    ) -> None:
+        """`compiled`: the model's blocks are, and every shape that they meet costs a compilation."""
+        self.model, self.compiled = model, compiled
         self.config: GeneratorConfig = model.config
         self.device = device
         self.dtype = dtype
@@ -261,19 +264,17 @@ class Recording:
         self.first = torch.ones(1, dtype=torch.int64, device=network.device)
         self.noise = network._noise(order, state.keys[: order.every])
         kept = state.cache.store.clone(), state.drawn.clone()
+        # Reading the whole cache for a picture's first patches would double what attention reads.
+        length = len(self.places)
+        self.limits = [length] if network.compiled else [*range(_REACH, length, _REACH), length]
         self.graphs = {
             (number, limit): self._record(number, limit)
-            for limit in self._limits()
+            for limit in self.limits
             for number in range(config.sub_tokens)
         }
         state.cache.store.copy_(kept[0])
         state.drawn.copy_(kept[1])
         self.count.fill_(1)
-
-    def _limits(self) -> list[int]:
-        """Reading the whole cache for a picture's first patches would double what attention reads."""
-        length = len(self.places)
-        return [*range(_REACH, length, _REACH), length]
 
     def fill(self, state: _State) -> None:
         """The beginning of other pictures into the memory that the recordings work on."""
@@ -297,8 +298,7 @@ class Recording:
             self.noise[: len(noise)].copy_(noise)
             self.first.fill_(start)
         for step in range(start, stop):
-            reach = -(-(config.prefix_length + step) // _REACH) * _REACH
-            limit = min(reach, len(self.places))
+            limit = next(n for n in self.limits if n >= config.prefix_length + step)
             self.graphs[step % config.sub_tokens, limit].replay()
 
     def _record(self, number: int, limit: int) -> torch.cuda.CUDAGraph:
