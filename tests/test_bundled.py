@@ -21,11 +21,11 @@ SHARD = Path(__file__).parent / "data" / "emoji-96.tar"
 
 @pytest.fixture(scope="module")
 def pictures() -> list[np.ndarray]:
-    """16 held-out emoji scenes, uint8 [96, 96, 3]."""
+    """8 held-out emoji scenes, uint8 [96, 96, 3]."""
     found = []
     with tarfile.open(SHARD) as tar:
         for member in tar:
-            if member.name.endswith(".png") and len(found) < 16:
+            if member.name.endswith(".png") and len(found) < 8:
                 file = tar.extractfile(member)
                 assert file is not None
                 found.append(np.asarray(Image.open(io.BytesIO(file.read())).convert("RGB")))
@@ -80,10 +80,10 @@ def test_it_says_what_it_is() -> None:
     assert sum(p.stat().st_size for p in BUNDLED.rglob("*") if p.is_file()) < 45e6
 
 
-def test_it_knows_the_names_that_training_saw(reference: qlip.Model) -> None:
+def test_it_knows_the_names_that_training_saw() -> None:
     emoji = EmojiSet(96, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
     drawn = [emoji.sample(i)[0] for i in range(100)]
-    found = reference.classify(drawn, CLASS_NAMES_100, templates=("{}",)).argmax(1)
+    found = qlip.load(backend="torch").classify(drawn, CLASS_NAMES_100, templates=("{}",)).argmax(1)
     assert (found == np.arange(100)).mean() > 0.95
 
 
