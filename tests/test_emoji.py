@@ -274,7 +274,7 @@ def test_glyphs_are_turned_against_the_clock_about_their_middle(size: float):
 
     turned = paint(0.0).rotate(15, Image.Resampling.BICUBIC, fillcolor=PALETTE["white"])
     found = distance(turned), distance(paint(0.0)), distance(paint(-15.0))
-    assert found[0] < 3 and found[1] > 10 and found[2] > 10, found
+    assert found[0] < 6 and found[1] > 10 and found[2] > 10, found
 
 
 def test_backgrounds_are_what_the_captions_say(train: EmojiSet):
