@@ -94,7 +94,7 @@ class Painter:
 def _turned(glyph: Image.Image, angle: float, side: float) -> tuple[Image.Image, int]:
     """The glyph turned by `angle` degrees against the clock, its own side `side` pixels long, and the side of
     the square picture that holds it."""
-    # Smaller than half of what is kept: reduced first, or the turn would pick every other pixel.
+    # Smaller than all that is kept: reduced first, or the turn would pass over pixels.
     if side < 0.8 * glyph.width:
         width = max(1, round(side))
         glyph = glyph.resize((width, width), Image.Resampling.BICUBIC)

@@ -33,8 +33,9 @@ def evaluate_zero_shot(
     """Share of images whose class is the nearest text (top-1), or among the five nearest (top-5).
 
     A class' text is the mean of its embeddings over `templates`; `told` gives classes other words than
-    their names there, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts that tie count as nearer than the right one. Raises DataError for an image without
-    a label, a label that is no class, or fewer than 2 classes.
+    their names there, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts
+    that tie count as nearer than the right one. Raises DataError for an image without a label, a label
+    that is no class, or fewer than 2 classes.
     """
     classes = labels_of(examples) if classes is None else list(classes)
     if len(classes) < 2 or len(set(classes)) < len(classes):

@@ -87,7 +87,7 @@ def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
 
 # -- the cache ---------------------------------------------------------------------------------
 
-
+# Its length is a multiple of so many positions: fused attention would copy masks of other lengths.
 _ALIGNED = 16
 
 
@@ -101,7 +101,6 @@ class Cache:
     def __init__(self, model: Generator, batch: int, device: str, dtype: torch.dtype) -> None:
         config = model.config
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        # A multiple of 16 positions: fused attention would copy masks of other lengths.
         length = -(-config.sequence_length // _ALIGNED) * _ALIGNED
         shape = (layers, 2, batch, heads, length, config.head_dim)
         # Zeros: what is masked is multiplied by 0, and must not be NaN.
