@@ -316,15 +316,6 @@ def scope(backend: str, device: str, threads: int) -> AbstractContextManager[obj
     return nullcontext()
 
 
-def half_is_fast(backend: str, device: str) -> bool:
-    """Whether bfloat16 is worth a measurement: torch emulates it on CPUs without AVX-512 BF16 or AMX."""
-    if backend != "torch" or device != "cpu":
-        return True
-    import torch
-
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def report(
     args: argparse.Namespace,
     backend: Backend,
@@ -359,12 +350,7 @@ def report(
         rate = pictures * tokens / median(took["other"])
         print(f"{name:25}{times:8.2f} x its sub-tokens/s ({rate:.1f})")
 
-    if half_is_fast(args.backend, device):
-        line("bfloat16", drawing(network("bfloat16"), order_of(config, 1, tokens, unguided)))
-    else:
-        print(
-            "bfloat16                 not measured: this CPU computes it without instructions for it"
-        )
+    line("bfloat16", drawing(network("bfloat16"), order_of(config, 1, tokens, unguided)))
     line("8 pictures at once", drawing(wide, order_of(config, 8, tokens, unguided)), 8)
     line("guided", drawing(wide, order_of(config, 1, tokens, plain)))
     if args.backend == "torch" and device == "cpu":

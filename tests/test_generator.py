@@ -33,6 +33,7 @@ from qlip_core.generator.generate import PromptCut, Request
 from qlip_core.generator.network import Captions, Draw, GeneratorNetwork
 from qlip_core.generator.sampling import Sampling, guidance_scales, step_keys
 from qlip_mlx import generator as mlx_generator
+from qlip_mlx.kernels import PLAIN_CPU
 from qlip_mlx.sampler import Cache, MlxGenerator
 from qlip_torch import generator as torch_generator
 from qlip_torch.sampler import Recording, TorchGenerator
@@ -99,8 +100,9 @@ def torch_of(config: GeneratorConfig, weights: dict[str, np.ndarray]) -> Generat
 
 def mlx_of(config: GeneratorConfig, weights: dict[str, np.ndarray]) -> GeneratorNetwork:
     with mx.stream(mx.cpu):
-        model = mlx_generator.load(config, weights, outputs_adjacent=True)
-    return MlxGenerator(model, "cpu", "float32", mx.float32, on_cpu)
+        model = mlx_generator.load(config, weights, kernels=PLAIN_CPU)
+    aside = mx.new_thread_local_stream(mx.cpu)
+    return MlxGenerator(model, "cpu", "float32", mx.float32, on_cpu, aside)
 
 
 def on_cpu() -> contextlib.AbstractContextManager[None]:

@@ -409,14 +409,24 @@ def test_silu_of_the_cpu_equals_the_fused_one() -> None:
         np.testing.assert_allclose(np.array(silu(mx.array(x))), exact, rtol=2e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("mask", [None, "causal", "some"])
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("scale", [1.0, 20.0])
-def test_attention_of_the_cpu_equals_the_fused_one(causal: bool, scale: float) -> None:
+def test_attention_of_the_cpu_equals_the_fused_one(
+    mask: str | None, groups: int, scale: float
+) -> None:
     generator = np.random.default_rng(0)
-    q, k, v = (mx.array(generator.standard_normal((2, 3, 17, 8), np.float32)) for _ in range(3))
-    fused = np.array(attend_fused(scale * q, k, v, causal))
+
+    def draw(heads: int) -> mx.array:
+        return mx.array(generator.standard_normal((2, heads, 17, 8), np.float32))
+
+    q, k, v = draw(3), draw(3 // groups), draw(3 // groups)
+    seen = draw(1)[..., :1].swapaxes(2, 3) > 0
+    seen = seen | mx.eye(17).astype(mx.bool_)  # no row is empty
+    how = seen if mask == "some" else mask
+    fused = np.array(attend_fused(scale * q, k, v, how))
     np.testing.assert_allclose(
-        np.array(attend_polynomial(scale * q, k, v, causal)), fused, rtol=0, atol=2e-6 * scale
+        np.array(attend_polynomial(scale * q, k, v, how)), fused, rtol=0, atol=2e-6 * scale
     )
 
 

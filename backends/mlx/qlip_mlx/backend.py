@@ -83,9 +83,10 @@ class MlxBackend:
         linux_cpu = device == "cpu" and platform.system() == "Linux"
         with scope(device):
             model = generator.load(
-                config, weights, dtype=kind, bits=bits, outputs_adjacent=linux_cpu
+                config, weights, dtype=kind, bits=bits, kernels=PLAIN_CPU if linux_cpu else FUSED
             )
-        return MlxGenerator(model, device, dtype, kind, partial(scope, device))
+        aside = _streams(1)[0] if linux_cpu else None
+        return MlxGenerator(model, device, dtype, kind, partial(scope, device), aside)
 
 
 class MlxNetwork:

@@ -21,6 +21,7 @@ import numpy as np
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
 from qlip_core.generator.config import GeneratorConfig
+from qlip_mlx.kernels import FUSED, Kernels, Mask
 
 Rope = tuple[mx.array, mx.array]
 
@@ -47,7 +48,7 @@ def rotate(x: mx.array, rope: Rope) -> mx.array:
 class Attention(nn.Module):
     """Grouped-query self-attention, [B, Q, D] -> [B, Q, D]."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, kernels: Kernels) -> None:
         super().__init__()
         width, d = config.hidden_size, config.head_dim
         self.heads, self.groups, self.head_dim = (
@@ -55,15 +56,14 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             d,
         )
+        self.attend = kernels.attend
         self.qkv_proj = nn.Linear(width, (self.heads + 2 * self.groups) * d, bias=False)
         self.o_proj = nn.Linear(self.heads * d, width, bias=False)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(d, config.rms_norm_eps)
             self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, rope: Rope, mask: mx.array | None, cache: LayerCache
-    ) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, mask: Mask, cache: LayerCache) -> mx.array:
         """`mask` bool, broadcast to [B, H, Q, S]: what may be looked at; None: all before, causally."""
         together = mx.unflatten(self.qkv_proj(x), -1, (-1, self.head_dim))
         turning = self.heads + self.groups
@@ -75,38 +75,36 @@ class Attention(nn.Module):
         q, k = qk[:, : self.heads], qk[:, self.heads :]
         k, v = cache.put(k, v.swapaxes(1, 2))
         how = "causal" if mask is None and q.shape[2] > 1 else mask
-        scale = 1 / math.sqrt(self.head_dim)
-        y = mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=how)
+        y = self.attend(q, k, v, how)
         return self.o_proj(y.swapaxes(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate x) * up x)."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, kernels: Kernels) -> None:
         super().__init__()
         width, hidden = config.hidden_size, config.intermediate_size
+        self.silu = kernels.silu
         self.gate_up_proj = nn.Linear(width, 2 * hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(gate * mx.sigmoid(gate) * up)
+        return self.down_proj(self.silu(gate) * up)
 
 
 class Block(nn.Module):
     """x += attn(norm(x)); x += mlp(norm(x)): [B, Q, D] -> [B, Q, D]."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, kernels: Kernels) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, kernels)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, kernels)
 
-    def __call__(
-        self, x: mx.array, rope: Rope, mask: mx.array | None, cache: LayerCache
-    ) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, mask: Mask, cache: LayerCache) -> mx.array:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -114,15 +112,13 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """Table of embeddings, blocks and last norm: Llama's `model`."""
 
-    def __init__(self, config: GeneratorConfig, rows: int) -> None:
+    def __init__(self, config: GeneratorConfig, rows: int, kernels: Kernels) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(rows, config.hidden_size)
-        self.layers = [Block(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [Block(config, kernels) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, rope: Rope, mask: mx.array | None, caches: list[LayerCache]
-    ) -> mx.array:
+    def __call__(self, x: mx.array, rope: Rope, mask: Mask, caches: list[LayerCache]) -> mx.array:
         """Embeddings [B, Q, D] -> last hidden states, normed."""
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, mask, cache)
@@ -150,14 +146,14 @@ class CaptionProjector(nn.Module):
 class Generator(nn.Module):
     """The language model over visual tokens."""
 
-    def __init__(self, config: GeneratorConfig) -> None:
+    def __init__(self, config: GeneratorConfig, kernels: Kernels = FUSED) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
         if config.conditioner != "none":
             self.caption_projector = CaptionProjector(config)
             self.null_prefix = mx.zeros((config.prefix_length, width))
-        self.model = Transformer(config, config.text_vocab_size + config.visual_rows)
+        self.model = Transformer(config, config.text_vocab_size + config.visual_rows, kernels)
         if config.sub_tokens > 1 and not config.separate_sub_tokens:
             self.sub_token_embedding = nn.Embedding(config.sub_tokens, width)
         heads = config.sub_tokens if config.separate_sub_tokens else 1
@@ -207,22 +203,20 @@ def load(
     *,
     dtype: mx.Dtype = mx.float32,
     bits: int | None = None,
-    outputs_adjacent: bool = False,
+    kernels: Kernels = FUSED,
 ) -> Generator:
     """A generator with `arrays` (name -> array) in `dtype`, on MLX's default device.
 
-    With `bits` (8 or 4) every linear whose rows divide into groups of QUANTIZED_GROUP is quantized.
-    `outputs_adjacent` lays matrices out as [in, out] in memory, which the plain BLAS of MLX's Linux build
-    multiplies a vector by three to four times as fast. Raises CheckpointError if a tensor is missing, misshapen or unknown.
+    With `bits` (8 or 4) every linear whose rows divide into groups of QUANTIZED_GROUP is quantized. Raises CheckpointError if a tensor is missing, misshapen or unknown.
     """
     if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
         raise CheckpointError(f"weights do not fit the generator: {problems}")
-    model = Generator(config)
+    model = Generator(config, kernels)
     held = {name: mx.array(array, dtype) for name, array in _laid_out(config, arrays).items()}
-    if outputs_adjacent and bits is None:
+    if bits is None:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear):
-                held[f"{name}.weight"] = mx.contiguous(held[f"{name}.weight"].T).T
+                held[f"{name}.weight"] = kernels.lay_out(held[f"{name}.weight"])
     model.load_weights(list(held.items()))
     if bits is not None:
         nn.quantize(model, QUANTIZED_GROUP, bits, class_predicate=lambda _, module: _fits(module))

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-Attend = Callable[[mx.array, mx.array, mx.array, bool], mx.array]
+# What may be looked at: bool, broadcast to [B, H, Q, S]; "causal"; or None, everything.
+Mask = mx.array | str | None
+Attend = Callable[[mx.array, mx.array, mx.array, Mask], mx.array]
 Unary = Callable[[mx.array], mx.array]
 
 # 2^f for |f| <= 1/2 within 1e-7 of its value (minimax, fitted by reweighted least squares).
@@ -36,23 +38,29 @@ def exp2(t: mx.array) -> mx.array:
     return (power.view(mx.int32) + exponent).view(mx.float32)
 
 
-def attend_fused(q: mx.array, k: mx.array, v: mx.array, causal: bool) -> mx.array:
-    """softmax(q k^T / sqrt(d)) v: [B, H, T, d] each -> [B, H, T, d]."""
-    mask = "causal" if causal else None
+def attend_fused(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+    """softmax(q k^T / sqrt(d)) v: q [B, H, Q, d], k and v [B, K, S, d], H a multiple of K -> [B, H, Q, d]."""
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask)
 
 
-def attend_polynomial(q: mx.array, k: mx.array, v: mx.array, causal: bool) -> mx.array:
-    """`attend_fused` with `exp2`, in float32: [B, H, T, d] each -> [B, H, T, d]."""
-    keys = mx.contiguous(k.swapaxes(-1, -2))  # by columns, as weights are
-    scores = (q * (q.shape[-1] ** -0.5 * math.log2(math.e))) @ keys  # [B, H, T, T]
-    scores = scores.astype(mx.float32)
-    if causal:
-        ahead = mx.triu(mx.full(scores.shape[-2:], -mx.inf), 1)
-        scores = scores + ahead
+def attend_polynomial(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.array:
+    """`attend_fused` with `exp2`, in float32: same shapes."""
+    (B, H, Q, d), (_, K, S, _) = q.shape, k.shape
+    grouped = (q * (d**-0.5 * math.log2(math.e))).reshape(
+        B, K, H // K * Q, d
+    )  # heads of a group as rows
+    keys = k.swapaxes(-1, -2)
+    if Q > 1:
+        keys = mx.contiguous(keys)  # by columns, as weights are
+    scores = (grouped @ keys).astype(mx.float32).reshape(B, H, Q, S)
+    if isinstance(mask, mx.array):
+        scores = mx.where(mask, scores, -mx.inf)
+    elif mask == "causal":
+        scores = scores + mx.triu(mx.full((Q, S), -mx.inf), 1)
     weights = exp2(scores - scores.max(-1, keepdims=True))
-    # Dividing after the product touches d values a row instead of T.
-    return (weights.astype(v.dtype) @ v) / weights.sum(-1, keepdims=True).astype(v.dtype)
+    # Dividing after the product touches d values a row instead of S.
+    y = weights.astype(v.dtype).reshape(B, K, H // K * Q, S) @ v
+    return y.reshape(B, H, Q, d) / weights.sum(-1, keepdims=True).astype(v.dtype)
 
 
 def silu_fused(x: mx.array) -> mx.array:

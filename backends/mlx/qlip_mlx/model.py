@@ -58,11 +58,8 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         width = config.hidden_size
-        self.num_heads, self.causal, self.attend = (
-            config.num_attention_heads,
-            causal,
-            kernels.attend,
-        )
+        self.num_heads, self.attend = config.num_attention_heads, kernels.attend
+        self.mask = "causal" if causal else None
         self.q_proj = nn.Linear(width, width, bias=config.q_bias)
         self.k_proj = nn.Linear(width, width, bias=config.k_bias)
         self.v_proj = nn.Linear(width, width, bias=config.v_bias)
@@ -77,7 +74,7 @@ class Attention(nn.Module):
         )
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
-        y = self.attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), self.causal)
+        y = self.attend(q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), self.mask)
         y = y.swapaxes(1, 2).flatten(2)
         return self.out_proj(self.inner_attn_ln(y))
 
