@@ -14,7 +14,7 @@ take, the larger of bytes (the weights once, and each picture's keys and values 
 and FLOPs over the rate of a product of 8192, both of the same run; and a guided picture of 576 sub-tokens
 beside LlamaGen's published loop (an A100) and vLLM's.
 
-    python benchmarks/generate.py --device cuda [--compile]
+    python benchmarks/generate.py --device cuda [--compile | --kernels]
 
 MLX on Linux: preload a tuned BLAS, as in
     LD_PRELOAD=/lib/x86_64-linux-gnu/libopenblas.so.0 python benchmarks/generate.py --backend mlx
@@ -180,12 +180,12 @@ def plain_loop(config: GeneratorConfig, tokens: int) -> Timed | None:
 LLAMAGEN = {"L": (13.72, 3.48), "XL": (19.76, 4.84)}
 
 
-def random_on_cuda(config: GeneratorConfig, compile: bool) -> GeneratorNetwork:
+def random_on_cuda(config: GeneratorConfig, compile: bool, kernels: bool) -> GeneratorNetwork:
     """As `TorchBackend.generator`, with weights made where they stay."""
     import torch
 
+    from qlip_torch.backend import on_device
     from qlip_torch.generator import Generator
-    from qlip_torch.sampler import TorchGenerator
 
     with torch.device("meta"):
         model = Generator(config).to(torch.bfloat16)
@@ -195,10 +195,7 @@ def random_on_cuda(config: GeneratorConfig, compile: bool) -> GeneratorNetwork:
             1
         )
     model = model.requires_grad_(False).eval().fuse()
-    if compile:
-        for block in model.blocks():
-            block.compile(dynamic=False)
-    return TorchGenerator(model, device="cuda", dtype="bfloat16", compiled=compile)
+    return on_device(model, device="cuda", dtype="bfloat16", compile=compile, kernels=kernels)
 
 
 def copy_rate() -> float:
@@ -217,7 +214,7 @@ def copy_rate() -> float:
     return 2 * 2**30 / min(seconds)
 
 
-def cuda(rounds: int, compile: bool, seconds: float) -> None:
+def cuda(rounds: int, compile: bool, kernels: bool, seconds: float) -> None:
     import torch
 
     from qlip_torch.train.throughput import matmul_rate
@@ -225,7 +222,7 @@ def cuda(rounds: int, compile: bool, seconds: float) -> None:
     copy, product = copy_rate(), matmul_rate("cuda", torch.bfloat16)
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, bfloat16"
-        f"{', compiled' if compile else ''}; a copy {copy / 1e12:.2f} TB/s, a product "
+        f"{', compiled' if compile else ''}{', our kernels' if kernels else ''}; a copy {copy / 1e12:.2f} TB/s, a product "
         f"{product / 1e12:.0f} TFLOP/s"
     )
     print(f"{'size':5}{'pictures':>9}{'':>10}{'sub-tokens/s':>14}{'ms a step':>11}{'share of limit':>16}"
@@ -233,7 +230,7 @@ def cuda(rounds: int, compile: bool, seconds: float) -> None:
     began = time.perf_counter()
     for size, batches in (("B", (1, 8, 64)), ("L", (1,)), ("XL", (1, 8, 64))):
         config = PRESETS[size]
-        network = random_on_cuda(config, compile)
+        network = random_on_cuda(config, compile, kernels)
         for batch in batches:
             # Guided: one picture costs two rows.
             for guided in (False, True) if batch == 1 else (False,):
@@ -284,11 +281,14 @@ def main() -> None:
         "--compile", action="store_true", help="on CUDA: the blocks, by torch.compile"
     )
     parser.add_argument(
+        "--kernels", action="store_true", help="on CUDA: five Triton kernels a layer"
+    )
+    parser.add_argument(
         "--seconds", type=float, default=600, help="on CUDA: begin no line after so many"
     )
     args = parser.parse_args()
     if args.device.startswith("cuda"):
-        return cuda(args.rounds, args.compile, args.seconds)
+        return cuda(args.rounds, args.compile, args.kernels, args.seconds)
 
     backend = get_backend(args.backend)
     device = choose_device(backend, args.device)

@@ -73,7 +73,7 @@ CASES = (
     Case("plain", 128, 128),
     Case("compiled", 128, 128, compile=True),
     Case("compiled, checkpointed", 128, 128, compile=True, checkpointing=True),
-    Case("compiled, accumulated", 1024, 128, compile=True, limit_gb=28),
+    Case("compiled, accumulated", 1024, 64, compile=True, limit_gb=28),
     Case("compiled, accumulated", 2048, 128, compile=True, limit_gb=51),
     Case("both, accumulated", 1024, 128, compile=True, checkpointing=True, limit_gb=28),
     Case("LPIPS and GAN, accumulated", 256, 64, stage=2, limit_gb=42),

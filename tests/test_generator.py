@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -561,18 +565,19 @@ def test_tokens_of_a_generator_are_the_tokenizers(model: Model) -> None:
     assert again == tokens
 
 
+def without_recording(recording: Recording, number: int, limit: int) -> SimpleNamespace:
+    """For `Recording._record`: a step that is done anew instead of recorded."""
+
+    def replay() -> None:
+        recording.state.cache.limit = limit
+        recording._step(number)
+
+    return SimpleNamespace(replay=replay)
+
+
 def test_the_recorded_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is recorded on CUDA, run without recording: indices from tensors, masks over the cache."""
-
-    class Again:
-        def __init__(self, recording: Recording, number: int, limit: int) -> None:
-            self.recording, self.number, self.limit = recording, number, limit
-
-        def replay(self) -> None:
-            self.recording.state.cache.limit = self.limit
-            self.recording._step(self.number)
-
-    monkeypatch.setattr(Recording, "_record", lambda self, *which: Again(self, *which))
+    monkeypatch.setattr(Recording, "_record", without_recording)
     monkeypatch.setattr("qlip_torch.sampler._REACH", 8)  # several in a picture
     for config in (BASE, CONFIGS["separate rows"]):
         weights, captions = weights_of(config), captions_of(config)
@@ -590,3 +595,13 @@ def test_the_recorded_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
         for k, order in enumerate((one, two)):
             ours = np.concatenate([pair[k] for pair in both], axis=1)
             np.testing.assert_array_equal(ours, drawn(numpy_of(config, weights), order))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_the_kernels_step_is_the_step() -> None:
+    program = Path(__file__).with_name("step_kernels_program.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parent)}
+    done = subprocess.run(
+        [sys.executable, program], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout == "same\n", done.stderr

@@ -25,9 +25,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class TorchBackend:
     """`compile` runs the vision towers, and a generator's steps on CUDA, through `torch.compile`, block by
     block: worth its start-up of up to a minute where many thousands of images follow on a GPU. Off, the
-    first call is fast."""
+    first call is fast. `kernels` takes a generator's bfloat16 steps on CUDA through Triton kernels of our own
+    instead (`qlip_torch.step_kernels`), which have not been timed yet."""
 
     compile: bool = False
+    kernels: bool = False
 
     @property
     def name(self) -> str:
@@ -57,15 +59,29 @@ class TorchBackend:
         dtype: str,
     ) -> GeneratorNetwork:
         model = generator.load(config, weights, device=device, dtype=DTYPES[dtype])
-        compiled = self.compile and device.startswith("cuda")
-        if compiled:
-            for block in model.blocks():
-                block.compile(dynamic=False)
-        return TorchGenerator(model, device=device, dtype=dtype, compiled=compiled)
+        return on_device(
+            model, device=device, dtype=dtype, compile=self.compile, kernels=self.kernels
+        )
 
     def t5(self, name: str, length: int, device: str) -> T5Encoder:
         """FLAN-T5's encoder for captions of at most `length` tokens (qlip_core.generator.conditioning)."""
         return T5Encoder(name, length, self.devices()[0] if device == "auto" else device)
+
+
+def on_device(
+    model: generator.Generator, *, device: str, dtype: str, compile: bool, kernels: bool
+) -> TorchGenerator:
+    """A fused model that is on `device`, ready to draw; what it is asked for counts on CUDA alone."""
+    cuda = device.startswith("cuda")
+    fused = None
+    if cuda and kernels:
+        from qlip_torch.step_kernels import FusedStep
+
+        fused = FusedStep(model, model.rope(device))
+    if cuda and compile:
+        for block in model.blocks():
+            block.compile(dynamic=False)
+    return TorchGenerator(model, device=device, dtype=dtype, compiled=cuda and compile, fused=fused)
 
 
 class TorchNetwork:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,6 +20,9 @@ from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Draw
 from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling
 from qlip_torch.generator import Generator, LayerCache, causal_mask
+
+if TYPE_CHECKING:  # it needs Triton, which comes with PyTorch for CUDA alone
+    from qlip_torch.step_kernels import FusedStep
 
 # -- noise -------------------------------------------------------------------------------------
 
@@ -146,10 +150,17 @@ class TorchGenerator:
     """A generator on a device, behind the interface of qlip_core.generator.network."""
 
     def __init__(
-        self, model: Generator, *, device: str, dtype: str, compiled: bool = False
+        self,
+        model: Generator,
+        *,
+        device: str,
+        dtype: str,
+        compiled: bool = False,
+        fused: FusedStep | None = None,
     ) -> None:
-        """`compiled`: the model's blocks are, and every shape that they meet costs a compilation."""
-        self.model, self.compiled = model, compiled
+        """`compiled`: the model's blocks are, and every shape that they meet costs a compilation. `fused`
+        takes the recorded steps that it suits."""
+        self.model, self.compiled, self.fused = model, compiled, fused
         self.config: GeneratorConfig = model.config
         self.device = device
         self.dtype = dtype
@@ -263,9 +274,12 @@ class Recording:
         self.first = torch.ones(1, dtype=torch.int64, device=network.device)
         self.noise = network._noise(order, state.keys[: order.every])
         kept = state.cache.store.clone(), state.drawn.clone()
-        # Reading the whole cache for a picture's first patches would double what attention reads.
-        length = len(self.places)
-        self.limits = [length] if network.compiled else [*range(_REACH, length, _REACH), length]
+        rows = state.cache.store.shape[2]
+        self.fused = network.fused if network.fused and network.fused.suits(rows) else None
+        # Reading the whole cache for a picture's first patches would double what attention reads; the fused
+        # step reads how far to look.
+        length, one = len(self.places), network.compiled or self.fused is not None
+        self.limits = [length] if one else [*range(_REACH, length, _REACH), length]
         self.graphs = {
             (number, limit): self._record(number, limit)
             for limit in self.limits
@@ -321,6 +335,22 @@ class Recording:
         values = state.drawn.index_select(1, count - 1)
         x = model.embed_sub_tokens(_twice(values, order.guided), before)
         at = state.cache.at = count + (config.prefix_length - 1)
+        if self.fused is not None:
+            logits = self.fused(x[:, 0], number, at, state.seen, state.cache.store)
+        else:
+            logits = self._logits(x, number, at)
+        if order.guided:
+            logits = guide(logits, state.scales.index_select(0, count))
+        noise = self.noise
+        if noise is not None:
+            noise = noise.index_select(0, count - self.first)[0]
+        chosen = choose(logits, noise, order.sampling)
+        state.drawn.index_copy_(1, count, chosen[:, None])
+        count += 1
+
+    def _logits(self, x: Tensor, number: int, at: Tensor) -> Tensor:
+        """Embeddings [R, 1, D] at position `at` -> float32 logits [R, V], by the model's own modules."""
+        network, state = self.network, self.state
         cos, sin = (table.index_select(0, at) for table in network._rope)
         limit = state.cache.limit
         mask = self.places[:limit] <= at
@@ -330,16 +360,8 @@ class Recording:
             mask = mask.expand(len(x), 1, 1, -1)
         # To be added, and made so once: every layer would do it again.
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
-        states = model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]
-        logits = model.visual_logits(states, number).float()
-        if order.guided:
-            logits = guide(logits, state.scales.index_select(0, count))
-        noise = self.noise
-        if noise is not None:
-            noise = noise.index_select(0, count - self.first)[0]
-        chosen = choose(logits, noise, order.sampling)
-        state.drawn.index_copy_(1, count, chosen[:, None])
-        count += 1
+        states = network.model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]
+        return network.model.visual_logits(states, number).float()
 
 
 def _twice(values: Tensor, guided: bool) -> Tensor:

@@ -1,8 +1,8 @@
 """What a generator's training will cost, said before it starts: parameters, sub-tokens, memory per device.
 
 FLOPs are model FLOPs as in qlip_torch.train.throughput; the frozen tokenizer's are left out. Memory is an
-estimate: weights, gradients and optimizer state are counted, activations measured on the CPU with one
-block, of which the model has `num_hidden_layers`.
+estimate: weights, gradients and optimizer state are counted, activations found with one block on
+tensors without contents, of which the model has `num_hidden_layers`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlip_core.generator.architecture import parameter_count
 from qlip_core.generator.config import GeneratorConfig
@@ -112,7 +113,7 @@ def forward_flops(config: GeneratorConfig) -> float:
 
 def activation_bytes(config: GeneratorConfig, half: bool, checkpointing: bool) -> int:
     """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
-    with torch.random.fork_rng(devices=[]):
+    with FakeTensorMode():
         model = Generator(dataclasses.replace(config, num_hidden_layers=1))
         network = LossNetwork(model, Precision(half, torch.device("cpu")))
         totals = []

@@ -1,0 +1,200 @@
+"""One step of drawing on an NVIDIA GPU as five kernels a layer, in Triton, where PyTorch takes twenty.
+
+A step multiplies every weight by one vector a picture, so it should take as long as reading the weights; but a
+kernel that does next to nothing takes two microseconds all the same, and a layer of a small model has less
+work than that. Here a layer is: norm and query-key-value product; rotation, cache and attention; output product
+and sum; norm, gate and up products and SwiGLU; down product and sum. The numbers are those of
+`qlip_torch.generator`, whose docstrings have the equations; products and sums are float32, what is kept
+between kernels is bfloat16.
+
+Legend: R rows (pictures, or twice as many with guidance), D width, O outputs, H heads, K key-value heads,
+d = D/H, S positions of the cache.
+"""
+
+# Kernels' arguments are pointers, and names in capitals are constants they are compiled for. A launch takes
+# options that no kernel has as parameters.
+# pyright: reportMissingImports=false, reportCallIssue=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qlip_torch.generator import Generator, Packed, Rope
+
+# Rows that one program multiplies: the least that tensor cores take, and the most that registers hold.
+_ROWS = (16, 32, 64)
+_INNER = 128
+_POSITIONS = 64
+
+
+@triton.jit
+def _product(
+    x, norm, weight, out, rows, outputs, eps,
+    INNER: tl.constexpr, NORM: tl.constexpr, GATE: tl.constexpr, ADD: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
+):  # fmt: skip
+    """out [R, O] = norm(x [R, INNER]) weight^T. GATE: weight is [2 O, INNER], and out = silu(first) * second.
+    ADD: what `out` holds is added."""
+    r = tl.arange(0, BLOCK_R)
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    second = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
+    squares = tl.zeros((BLOCK_R,), tl.float32)
+    for start in range(0, INNER, BLOCK_I):
+        i = start + tl.arange(0, BLOCK_I)
+        there = (r[:, None] < rows) & (i[None, :] < INNER)
+        values = tl.load(x + r[:, None] * INNER + i[None, :], mask=there, other=0.0)
+        if NORM:
+            wide = values.to(tl.float32)
+            squares += tl.sum(wide * wide, axis=1)
+            scale = tl.load(norm + i, mask=i < INNER, other=0.0).to(tl.float32)
+            values = (wide * scale[None, :]).to(values.dtype)
+        there = (o[None, :] < outputs) & (i[:, None] < INNER)
+        at = weight + o[None, :].to(tl.int64) * INNER + i[:, None]
+        total = tl.dot(values, tl.load(at, mask=there, other=0.0), total)
+        if GATE:
+            at += outputs.to(tl.int64) * INNER
+            second = tl.dot(values, tl.load(at, mask=there, other=0.0), second)
+    if NORM:
+        # A row's factor is known when all of the row has been read, and goes through the product.
+        factor = tl.rsqrt(squares / INNER + eps)[:, None]
+        total *= factor
+        second *= factor
+    if GATE:
+        total = total / (1 + tl.exp(-total)) * second
+    there = (r[:, None] < rows) & (o[None, :] < outputs)
+    at = out + r[:, None] * outputs + o[None, :]
+    if ADD:
+        total += tl.load(at, mask=there, other=0.0).to(tl.float32)
+    tl.store(at, total.to(out.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _turned(head, norm, cos, sin, at, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """A head [d] of queries or keys, normed and rotated to position `at` (`generator.rotate`)."""
+    i = tl.arange(0, D)
+    other = (i + D // 2) % D
+    x, y = tl.load(head + i), tl.load(head + other)
+    kind = x.dtype
+    x, y = x.to(tl.float32), y.to(tl.float32)
+    if NORM:
+        factor = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+        x = (x * factor * tl.load(norm + i).to(tl.float32)).to(kind).to(tl.float32)
+        y = (y * factor * tl.load(norm + other).to(tl.float32)).to(kind).to(tl.float32)
+    turned = x * tl.load(cos + at * D + i) + y * tl.load(sin + at * D + i)
+    return turned.to(kind)
+
+
+@triton.jit
+def _attend(
+    qkv, q_norm, k_norm, cos, sin, keys, values, seen, position, out, length, eps, scale,
+    HEADS: tl.constexpr, GROUPS: tl.constexpr, D: tl.constexpr,
+    NORM: tl.constexpr, SEEN: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Row r's head h over all positions so far: qkv [R, H + 2 K, d] of position `position` [1], whose keys
+    and values go into the cache, [R, K, S, d] each; `seen` [R, S] says which may be looked at."""
+    r, h = tl.program_id(0), tl.program_id(1)
+    group = h // (HEADS // GROUPS)
+    i = tl.arange(0, D)
+    at = tl.load(position).to(tl.int32)
+    row = qkv + r * (HEADS + 2 * GROUPS) * D
+    q = _turned(row + h * D, q_norm, cos, sin, at, eps, D, NORM).to(tl.float32)
+    key = _turned(row + (HEADS + group) * D, k_norm, cos, sin, at, eps, D, NORM)
+    value = tl.load(row + (HEADS + GROUPS + group) * D + i)
+    plane = (r * GROUPS + group).to(tl.int64) * length * D
+    if h % (HEADS // GROUPS) == 0:
+        tl.store(keys + plane + at * D + i, key)
+        tl.store(values + plane + at * D + i, value)
+    # Its own position first, from registers: another head's program may not have stored it yet.
+    largest = tl.sum(q * key.to(tl.float32), axis=0) * scale
+    total = largest * 0 + 1
+    y = value.to(tl.float32)
+    for start in range(0, at, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        there = s < at
+        place = plane + s[:, None] * D + i[None, :]
+        k = tl.load(keys + place, mask=there[:, None], other=0.0).to(tl.float32)
+        v = tl.load(values + place, mask=there[:, None], other=0.0).to(tl.float32)
+        score = tl.sum(q[None, :] * k, axis=1) * scale
+        if SEEN:
+            there = there & (tl.load(seen + r * length + s, mask=there, other=0) != 0)
+        score = tl.where(there, score, -float("inf"))
+        top = tl.maximum(largest, tl.max(score, axis=0))
+        shrink, weight = tl.exp(largest - top), tl.exp(score - top)
+        total = total * shrink + tl.sum(weight, axis=0)
+        y = y * shrink + tl.sum(weight[:, None] * v, axis=0)
+        largest = top
+    tl.store(out + (r * HEADS + h) * D + i, (y / total).to(out.dtype.element_ty))
+
+
+class FusedStep:
+    """The model's step in these kernels; weights are the model's own (`Generator.fuse`)."""
+
+    def __init__(self, model: Generator, rope: Rope) -> None:
+        self.model = model
+        self.cos, self.sin = (table.reshape(table.shape[0], -1).contiguous() for table in rope)
+
+    def suits(self, rows: int) -> bool:
+        """Whether the kernels are made for it: bfloat16 (which has float32's range, so that a norm can be
+        applied after its product), heads of a power of two, and no more rows than read the weights once."""
+        d, dtype = self.model.config.head_dim, self.model.model.norm.weight.dtype
+        return dtype == torch.bfloat16 and d & (d - 1) == 0 and rows <= _ROWS[-1]
+
+    def __call__(
+        self, x: Tensor, number: int, position: Tensor, seen: Tensor | None, store: Tensor
+    ) -> Tensor:
+        """Embeddings [R, D] of the sub-token at `position` int64 [1] -> float32 logits [R, V] of sub-token
+        `number`. Its keys and values go into `store` [layers, 2, R, K, S, d]; `seen` bool [R, 1, 1, S]."""
+        model, config = self.model, self.model.config
+        x = x.clone()  # the residual stream, added to in place
+        R, H, K, d = len(x), config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        eps, length = config.rms_norm_eps, store.shape[4]
+        marks = None if seen is None else seen.contiguous().view(torch.uint8)
+        for layer, (keys, values) in zip(model.blocks(), store):
+            attention, mlp = layer.self_attn, layer.mlp
+            assert attention.fused is not None and mlp.fused is not None, "Generator.fuse first"
+            qkv = self._product(x, attention.fused, norm=layer.input_layernorm.weight)
+            y = torch.empty(R, H * d, device=x.device, dtype=x.dtype)
+            norms = attention.q_norm, attention.k_norm
+            q_norm, k_norm = (x if norm is None else norm.weight for norm in norms)
+            _attend[R, H](
+                qkv, q_norm, k_norm, self.cos, self.sin, keys, values,
+                x if marks is None else marks, position, y, length, eps, d**-0.5,
+                HEADS=H, GROUPS=K, D=d, NORM=attention.q_norm is not None,
+                SEEN=marks is not None, BLOCK_S=_POSITIONS, num_warps=4,
+            )  # fmt: skip
+            self._product(y, attention.o_proj, out=x)
+            h = self._product(x, mlp.fused, norm=layer.post_attention_layernorm.weight, gate=True)
+            self._product(h, mlp.down_proj, out=x)
+        head = model.heads[number]
+        return self._product(x, head, norm=model.model.norm.weight, kind=torch.float32)
+
+    def _product(
+        self,
+        x: Tensor,
+        packed: torch.nn.Module,
+        *,
+        norm: Tensor | None = None,
+        gate: bool = False,
+        out: Tensor | None = None,
+        kind: torch.dtype | None = None,
+    ) -> Tensor:
+        """`_product` of x [R, I]; into `out`, added to what it holds, or into a new tensor of `kind`,
+        x's where it is None."""
+        assert isinstance(packed, Packed)
+        rows, weight = len(x), packed.weight
+        outputs = len(weight) // 2 if gate else len(weight)
+        add = out is not None
+        if out is None:
+            out = torch.empty(rows, outputs, device=x.device, dtype=kind or x.dtype)
+        block = next(b for b in _ROWS if b >= rows)
+        # Narrow, so that even a small matrix is spread over all processors.
+        wide = 16 if outputs <= 4096 else 32
+        _product[triton.cdiv(outputs, wide),](
+            x, x if norm is None else norm, weight, out, rows, outputs, self.model.config.rms_norm_eps,
+            INNER=x.shape[1], NORM=norm is not None, GATE=gate, ADD=add,
+            BLOCK_R=block, BLOCK_O=wide, BLOCK_I=_INNER, num_warps=4, num_stages=4,
+        )  # fmt: skip
+        return out
