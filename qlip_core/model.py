@@ -55,7 +55,9 @@ def load(
     check_dtype(chosen, dtype)
     checkpoint = open_checkpoint(model, revision)
     network = chosen.network(checkpoint.config, checkpoint, device=where, dtype=dtype)
-    found = find_generator(checkpoint, generator)
+    # One that is asked for is opened at once; the model's own when it is needed: should it be damaged or of
+    # another tokenizer, everything but drawing works without it.
+    found = None if generator is None else find_generator(checkpoint, generator)
     return Model(checkpoint, network, chosen.name, found)
 
 
@@ -74,7 +76,7 @@ class Model:
         generator: GeneratorCheckpoint | None = None,
     ) -> None:
         self.checkpoint = checkpoint
-        self.generator = generator
+        self._generator = generator
         self.config = checkpoint.config
         self.network = network
         self.backend = backend
@@ -375,7 +377,15 @@ class Model:
             cfg_interval=cfg_interval,
         )
         request = Request.of(prompts, n, seed, sampling, drawer.config.visual_vocab_size)
+        if not len(request):
+            return iter(())
         return (self._so_far(bits) for bits in drawer.stream(request))
+
+    @cached_property
+    def generator(self) -> GeneratorCheckpoint | None:
+        """The one that was named, or the model's own; None where it has none. Raises ConfigError or
+        CheckpointError for one that is damaged or was made for another tokenizer."""
+        return self._generator or find_generator(self.checkpoint, None)
 
     @property
     def generator_config(self) -> GeneratorConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,12 +82,15 @@ def test_one_picture_with_its_history(cli: Qlip, model: qlip.Model) -> None:
         },
         "model": "tiny",
         "fingerprint": model.fingerprint,
+        "generator": "generator",
+        "generator_fingerprint": model.generator.fingerprint,
         "dtype": "float32",
         "qlip": qlip.__version__,
     }
     assert Image.open("a-cät-3.png").text["Description"] == "a cät"  # type: ignore[attr-defined]
     text = cli("info", "a-cät-3.png", plain=True).out
-    assert "prompt        a cät" in text and "top_k         9" in text
+    said = [line.split() for line in text.splitlines()]
+    assert ["prompt", "a", "cät"] in said and ["top_k", "9"] in said
 
 
 @pytest.mark.parametrize("backend", ["torch", "mlx"])
@@ -123,6 +127,32 @@ def test_a_sheet(cli: Qlip, model: qlip.Model) -> None:
     assert record["prompts"] == ["a dog"] * 3 + ["a cat"] * 3
 
 
+def test_a_sheet_and_tokens_beside_and_in_a_folder(cli: Qlip) -> None:
+    Path("v1.2").mkdir()
+    drawn = cli("generate", "a cat", "-n", "2", "--grid", "-o", "v1.2")
+    assert (drawn.code, drawn.out.split(":")[0]) == (0, "v1.2/a-cat-0-1.png")
+    assert pixels("v1.2/a-cat-0-1.png").shape == (64, 130, 3)
+    assert cli("generate", "b", "c", "-o", "v1.2", "--save-tokens").code == 0
+    assert Path("v1.2.qlip").is_file()
+    jpeg = cli("generate", "a cat", "-o", "x.jpg")
+    assert jpeg.code == 0 and "only a PNG keeps the prompt" in jpeg.err
+    assert "x.jpg: no PNG" in cli("info", "x.jpg", plain=True).err
+
+
+def test_a_damaged_generator_stops_drawing_alone(
+    cli: Qlip, model: qlip.Model, tmp_path: Path
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(model.checkpoint.folder, folder)
+    (folder / "generator" / "model.safetensors").unlink()
+    Image.new("RGB", (64, 64)).save("a.png")
+    given = ["--model", str(folder), "--backend", "numpy"]
+    assert cli("encode", "a.png", *given, plain=True).code == 0
+    assert "unusable" in cli("info", str(folder), plain=True).out
+    drawn = cli("generate", "a cat", *given, plain=True)
+    assert drawn.code == 2 and "generator" in drawn.err
+
+
 def test_sheets_are_near_to_square() -> None:
     for count, number, shape in ((5, 1, (2, 3)), (4, 4, (2, 2)), (6, 2, (3, 2)), (1, 1, (1, 1))):
         rows, columns = shape
@@ -137,6 +167,12 @@ def test_names_follow_prompts() -> None:
         "a-cat-5-2.png",
         "picture-5.png",
     ]
+    # What one prompt is called may be what another's second picture would be.
+    assert picture_names(["a", "a", "a 5 1", "a"], 5) == [f"a-5-{n}.png" for n in (1, 2)] + [
+        "a-5-1-5.png",
+        "a-5-3.png",
+    ]
+    assert len(set(picture_names(["a cat", "a cat", "a cat 1"], 1))) == 3
     [long] = picture_names(["x" * 500], 0)
     assert len(long) == 66
 
@@ -155,6 +191,9 @@ def test_names_follow_prompts() -> None:
         (["a", "--generator", "absent"], "absent: no such folder"),
         (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
         (["a", "-o", "there.png"], "there.png: exists already"),
+        (["a", "b", "-o", "two.png"], "two.png: is the name of one picture, and these are 2"),
+        (["a", "-n", "4294967295"], "one command draws at most 1,000,000"),
+        (["a", "--temperature", "1e-40"], "temperature (=1e-40) must be 0 (the likeliest) or"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(

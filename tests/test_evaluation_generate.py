@@ -39,7 +39,7 @@ from qlip_core.evaluation import (
 )
 from qlip_core.evaluation.clip_score import QlipTowers, clip_scores, is_plain_clip
 from qlip_core.evaluation.fid import Gaussian, frechet_distance
-from qlip_core.evaluation.generation import TOP1, TOP5, generator_fingerprint
+from qlip_core.evaluation.generation import TOP1, TOP5
 from qlip_core.evaluation.grid import _broken, draw_sheet
 from qlip_core.evaluation.prompts import captions_of
 from qlip_core.evaluation.protocol import text_hash, weights_fingerprint
@@ -224,7 +224,7 @@ def test_protocol_says_who_drew_and_who_judged(
         "templates": ["{}", "a {}"],
     }
     assert protocol.drawn_by == {
-        "generator": generator_fingerprint(open_generator(folder / "generator")),
+        "generator": open_generator(folder / "generator").fingerprint,
         "generator_name": str(folder / "generator"),
         "tokenizer": model.fingerprint,
         "conditioner": "qlip-text",
@@ -292,11 +292,11 @@ def test_generators_are_told_apart(folder: Path, tmp_path: Path) -> None:
     weights = found.tensors()
     sampled = replace(found.config, sampling=Sampling(top_k=3))
     same = open_generator(save_generator(tmp_path / "same", sampled, weights))
-    assert generator_fingerprint(same) == generator_fingerprint(found)
+    assert same.fingerprint == found.fingerprint
     name = sorted(weights)[-1]
     weights[name] = weights[name] + np.float32(1e-3)
     other = open_generator(save_generator(tmp_path / "other", found.config, weights))
-    assert generator_fingerprint(other) != generator_fingerprint(found)
+    assert other.fingerprint != found.fingerprint
 
 
 def test_bad_input_of_the_library(model: qlip.Model, official: Path) -> None:

@@ -463,6 +463,16 @@ def test_a_picture_does_not_depend_on_its_neighbours(model: Model) -> None:
     assert len(model.generate_tokens([])) == 0
 
 
+def test_nothing_to_draw_is_drawn_at_once(model: Model) -> None:
+    assert model.generate([]).shape[0] == 0 and list(model.generate_stream([])) == []
+    for wrong in (None, 3):
+        with pytest.raises(TextError, match="prompts must be strings"):
+            model.generate(wrong)  # type: ignore[arg-type]
+    for interval in (0.5, (0.5,), ("a", "b")):
+        with pytest.raises(GenerationError, match="must be two numbers"):
+            model.generate("a", cfg_interval=interval)  # type: ignore[arg-type]
+
+
 def test_streaming_ends_with_the_whole(model: Model) -> None:
     frames = list(model.generate_stream(["a cat", "a dog"], seed=1))
     assert len(frames) == 8  # rows of patches

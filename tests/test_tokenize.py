@@ -104,6 +104,20 @@ def test_tokens_are_the_models_own(tars: str, whole: Path, model: qlip.Model) ->
     assert not np.array_equal(mirrored, shards.tokens(slice(None)).packed)
 
 
+def test_a_download_that_was_cut_is_made_anew_when_whole(
+    tars: str, model: qlip.Model, tmp_path: Path
+) -> None:
+    cut, out = tmp_path / "tars", tmp_path / "out"
+    cut.mkdir()
+    data = (Path(tars) / "000.tar").read_bytes()
+    (cut / "000.tar").write_bytes(data[: len(data) // 2 + 100])
+    first = run(model, str(cut), out)
+    assert first.skipped.counts["broken archive"] == 1 and first.images < 7
+    (cut / "000.tar").write_bytes(data)
+    second = run(model, str(cut), out)
+    assert (second.made, second.images, second.skipped.total) == (1, 7, 0)
+
+
 def test_captions_and_keys_come_back(whole: Path) -> None:
     shards = TokenShards(whole)
     captions = [f"{CAPTIONS[n % 6]} {n}" for n in range(19)]

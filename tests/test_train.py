@@ -18,7 +18,7 @@ from training import curve, finish, settings, start_run, write_data, write_recip
 
 from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint
-from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.errors import CheckpointError, DataError, RecipeError
 from qlip_torch.model import QLIP
 from qlip_torch.train.accumulate import accumulated_backward
 from qlip_torch.train.balance import balance
@@ -287,6 +287,16 @@ def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None
         run(place, whole_run)
     with pytest.raises(RecipeError, match=r"stage1\.batch was 8, now 4"):
         run(place, whole_run, resume=True, stage1__batch=4, stage1__micro_batch=4)
+
+
+def test_a_run_that_never_began_may_be_begun_anew(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="absent"):
+        run(place, out, data__sources=[{"location": "absent"}])
+    assert (out / "recipe.toml").is_file()
+    run(place, out, stage1__steps=1)
+    with pytest.raises(RecipeError, match="holds a run already"):
+        run(place, out, stage1__steps=1)
 
 
 # -- stopping and going on ---------------------------------------------------------------------

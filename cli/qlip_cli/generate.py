@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,14 @@ import typer
 from qlip_cli import options
 from qlip_cli.classify import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import PictureFolder, output_file, picture_file, save_picture, writing
+from qlip_cli.outputs import (
+    PICTURES,
+    PictureFolder,
+    output_file,
+    picture_file,
+    save_picture,
+    writing,
+)
 from qlip_cli.provenance import text_chunks
 from qlip_cli.terminal import count_text, note, print_json, print_line, progress
 
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from qlip_core import Model, VisualTokens
     from qlip_core.generator.sampling import Sampling
 
+MOST = 1_000_000  # pictures that one command draws: their tokens and names are kept until the end
 _GAP = 2  # white pixels between the pictures of a sheet
 
 
@@ -73,11 +82,16 @@ def generate(
 
     check_seed(seed)
     count = number * len(wanted)
+    check_count(count, output, grid)
     names = picture_names([p for p in wanted for _ in range(number)], seed)
-    out = output or Path(names[0] if count == 1 else f"{names[0]}" if grid and len(wanted) == 1
-                         else f"sheet-{seed}.png" if grid else "generated")  # fmt: skip
+    sheet_name = names[0] if len(wanted) == 1 else f"sheet-{seed}.png"
+    out = output or Path(names[0] if count == 1 else sheet_name if grid else "generated")
+    if grid and count > 1 and out.is_dir():
+        out = out / sheet_name
     single = (count == 1 or grid) and not out.is_dir()
     picture = picture_file(out, [], force=force) if single else None
+    if picture is not None and picture.suffix.lower() != ".png":
+        note(f"{picture}: only a PNG keeps the prompt, seed and settings")
     folder = None if single else PictureFolder(out, names, force=force)
     target = picture or out
     tokens_file = token_path(target, force) if save_tokens else None
@@ -129,15 +143,41 @@ def collect_prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
 
 def picture_names(prompts: list[str], seed: int) -> list[str]:
-    """a-cat-0.png for seed 0; with several pictures of a prompt a-cat-0-1.png, a-cat-0-2.png, ..."""
+    """a-cat-0.png for seed 0; with several pictures of a prompt a-cat-0-1.png, a-cat-0-2.png, ...; all
+    different."""
     stems = [f"{slug(prompt)}-{seed}" for prompt in prompts]
-    counts = {stem: stems.count(stem) for stem in stems}
-    so_far = dict.fromkeys(stems, 0)
+    counts = Counter(stems)
+    # Taken by the one picture of a prompt: "a cat 1" has the name that a second "a cat" would get.
+    taken = {stem for stem, count in counts.items() if count == 1}
+    so_far: Counter[str] = Counter()
     out = []
     for stem in stems:
-        so_far[stem] += 1
-        out.append(f"{stem}-{so_far[stem]}.png" if counts[stem] > 1 else f"{stem}.png")
+        name = stem
+        if counts[stem] > 1:
+            while name == stem or name in taken:
+                so_far[stem] += 1
+                name = f"{stem}-{so_far[stem]}"
+            taken.add(name)
+        out.append(f"{name}.png")
     return out
+
+
+def check_count(count: int, output: Path | None, grid: bool) -> None:
+    """Raises GenerationError for more pictures than one command draws, or several into one picture's name."""
+    from qlip_core.errors import GenerationError
+
+    if count > MOST:
+        raise GenerationError(
+            f"{count:,} pictures: one command draws at most {MOST:,}; draw them in parts, each with a seed "
+            "of its own"
+        )
+    if output is None or count == 1 or grid or output.is_dir():
+        return
+    if output.suffix.lower() in PICTURES:
+        raise GenerationError(
+            f"{output}: is the name of one picture, and these are {count}: name a folder, or add --grid "
+            "for one sheet"
+        )
 
 
 def slug(prompt: str) -> str:
@@ -149,7 +189,9 @@ def slug(prompt: str) -> str:
 
 def token_path(target: Path, force: bool) -> Path:
     """Where the tokens of a picture or a folder go: beside it, with the suffix .qlip."""
-    return output_file(target.with_name(f"{target.stem}.qlip"), "", force=force)
+    target = target.resolve() if not target.name or target.name == ".." else target
+    stem = target.stem if target.suffix.lower() in PICTURES else target.name
+    return output_file(target.with_name(f"{stem}.qlip"), "", force=force)
 
 
 def settings_of(
@@ -217,8 +259,10 @@ def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
     from dataclasses import asdict
     from importlib.metadata import version
 
+    from qlip_core.generator.load import require_generator
     from qlip_core.hub import hub_id
 
+    generator = require_generator(network.checkpoint, network.generator)
     folder = network.checkpoint.folder
     settings = asdict(sampling) | {"cfg_interval": list(sampling.cfg_interval)}
     return {
@@ -226,6 +270,8 @@ def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
         "settings": settings,
         "model": hub_id(folder) or folder.name,
         "fingerprint": network.fingerprint,
+        "generator": hub_id(generator.folder) or generator.folder.name,
+        "generator_fingerprint": generator.fingerprint,
         "dtype": network.dtype,
         "qlip": version("qlip"),
     }

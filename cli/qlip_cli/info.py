@@ -70,6 +70,10 @@ def info(
     if target is not None and is_picture(Path(target)):
         describe_picture(Path(target), json)
         return
+    from qlip_cli.outputs import PICTURES
+
+    if target is not None and Path(target).is_file() and Path(target).suffix.lower() in PICTURES:
+        raise QlipError(f"{target}: no PNG, and only PNGs say how they were drawn")
     options.quiet_hub()
     from qlip_core import open_checkpoint
 
@@ -242,13 +246,18 @@ def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def generator_document(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Sizes and settings of the generator in the model's folder; None where there is none."""
+    """Sizes and settings of the generator in the model's folder; None where there is none. One that does not
+    fit the model has a `problem` instead."""
     from dataclasses import asdict
 
+    from qlip_core.errors import QlipError
     from qlip_core.generator.architecture import parameter_count
     from qlip_core.generator.load import find_generator
 
-    found = find_generator(checkpoint, None)
+    try:
+        found = find_generator(checkpoint, None)
+    except QlipError as error:
+        return {"problem": str(error)}
     if found is None:
         return None
     config = found.config
@@ -349,6 +358,8 @@ def print_model(document: dict[str, Any]) -> None:
 
 
 def generator_text(generator: dict[str, Any] | None) -> str:
+    if generator is not None and "problem" in generator:
+        return f"unusable: {generator['problem']}"
     if generator is None:
         return "none: this model draws nothing from text"
     return (

@@ -127,7 +127,8 @@ def explain(error: Exception) -> tuple[str, int]:
         text = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
         stop = "" if text.endswith("?") else ";"
         return f"{text[:1].lower()}{text[1:]}{stop} see `{where} --help`", USER_ERROR
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
+    exhausted = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
+    if isinstance(error, MemoryError) or exhausted:
         return "out of memory: lower --batch-size, or use a smaller model", USER_ERROR
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()

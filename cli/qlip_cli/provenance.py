@@ -46,8 +46,12 @@ def read_record(path: Path) -> dict[str, Any]:
     if text is None:
         raise ImageError(f"{path}: says nothing of how it was made: not drawn by `qlip generate`")
     try:
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=_refuse)
         assert isinstance(record, dict)
-    except (ValueError, AssertionError):
+    except (ValueError, AssertionError, RecursionError):
         raise ImageError(f"{path}: what it says of how it was made is damaged") from None
     return record
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")

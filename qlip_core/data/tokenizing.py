@@ -20,7 +20,7 @@ import numpy as np
 
 from qlip_core import bsq
 from qlip_core.data.background import in_background
-from qlip_core.data.samples import BROKEN_IMAGE, Bad, Sample, Tally
+from qlip_core.data.samples import BROKEN_ARCHIVE, BROKEN_IMAGE, Bad, Sample, Tally
 from qlip_core.data.shards import AnySource
 from qlip_core.data.token_format import (
     MAX_NAMED,
@@ -159,6 +159,10 @@ def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
     if not path.exists():
         return False
     header = read_header(path)
+    # Made of what there was of an archive that broke off, a download say. It has come whole since.
+    cut = BROKEN_ARCHIVE in header.skipped["counts"]
+    if cut and not header.origin.same_input(unit.origin):
+        return False
     if differences := settings.differences(header.settings):
         raise TokenFileError(
             f"{path}: is there already, and its {differences}: name another folder with -o, or make "

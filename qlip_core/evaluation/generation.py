@@ -5,9 +5,8 @@ Pictures are drawn, decoded and scored batch by batch, as the 8-bit pictures tha
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -252,20 +251,10 @@ def drawn_by(model: Model, generator: GeneratorCheckpoint, sampling: Sampling) -
     """What draws, in JSON types: a protocol's `drawn_by`."""
     config = generator.config
     return {
-        "generator": generator_fingerprint(generator),
+        "generator": generator.fingerprint,
         "generator_name": str(generator.folder),
         "tokenizer": model.fingerprint,
         "conditioner": config.t5_model if config.conditioner == "t5" else config.conditioner,
         **asdict(sampling),
         "cfg_interval": list(sampling.cfg_interval),
     }
-
-
-def generator_fingerprint(generator: GeneratorCheckpoint) -> str:
-    """32 hex digits of a generator's config, but for how it is sampled, and of all its tensors."""
-    config = replace(generator.config, sampling=Sampling())
-    digest = hashlib.sha256(config.to_json().encode())
-    for name, file in sorted(generator.files.items()):
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(file.float32(name), "<f4").data)
-    return digest.hexdigest()[:32]

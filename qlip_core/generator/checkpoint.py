@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from qlip_core.checkpoint import WEIGHTS, replace_folder, weight_files
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture, diff_tensors
 from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.sampling import Sampling
 from qlip_core.tensorfile import TensorFile, write_tensors
 
 FOLDER = "generator"  # inside a tokenizer's folder
@@ -26,6 +29,16 @@ class GeneratorCheckpoint:
     config: GeneratorConfig
     folder: Path
     files: Mapping[str, TensorFile]  # by name of the tensor
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits of the config, but for how it is sampled, and of all tensors."""
+        config = replace(self.config, sampling=Sampling())
+        digest = hashlib.sha256(config.to_json().encode())
+        for name, file in sorted(self.files.items()):
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(file.float32(name), "<f4").data)
+        return digest.hexdigest()[:32]
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All tensors, float32. Raises CheckpointError for NaN or infinite values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,6 +45,8 @@ class Request:
         sampling.check(vocab)
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n < MAX_IMAGES:
             raise GenerationError(f"n (={n!r}) must be a positive number of pictures a prompt")
+        if not isinstance(prompts, Iterable):
+            raise TextError(f"prompts must be strings, got {type(prompts).__name__}")
         each = [prompts] if isinstance(prompts, str) else list(prompts)
         for prompt in each:
             if not isinstance(prompt, str):
@@ -95,6 +97,7 @@ class TokenDrawer:
         self, request: Request, batch_size: int, progress: Progress | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first picture, bits uint8 [b, N, L]) batch by batch; `progress` hears of sub-tokens."""
+        self._warn_of_cuts(request.prompts)
         for start in range(0, len(request), batch_size):
             stop = min(start + batch_size, len(request))
             rows = []
@@ -106,6 +109,7 @@ class TokenDrawer:
 
     def stream(self, request: Request) -> Iterator[np.ndarray]:
         """All pictures at once, row of patches by row: bits uint8 [B, patches so far, L]."""
+        self._warn_of_cuts(request.prompts)
         so_far = np.empty((len(request), 0), np.int64)
         for chunk in self._rows(request, slice(None)):
             so_far = np.concatenate([so_far, chunk], axis=1)
@@ -118,7 +122,6 @@ class TokenDrawer:
 
     def _rows(self, request: Request, part: slice) -> Iterator[np.ndarray]:
         config, prompts = self.config, request.prompts[part]
-        self._warn_of_cuts(prompts)
         steps = config.tokens_per_image
         order = Draw(
             encode_prompts(prompts, self.conditioner, config),

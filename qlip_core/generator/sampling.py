@@ -26,6 +26,7 @@ GOLDEN = 0x9E3779B9
 
 SCHEDULES = ("constant", "linear")
 MAX_SCALE, MAX_TEMPERATURE = 100.0, 100.0
+MIN_TEMPERATURE = 1e-6  # but for 0
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Sampling:
     def check(self, vocab_size: int) -> None:
         """Raises GenerationError for a setting out of range."""
         _in_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        if 0 < self.temperature < MIN_TEMPERATURE:  # logits over it would leave float32's range
+            raise GenerationError(
+                f"temperature (={self.temperature}) must be 0 (the likeliest) or at least "
+                f"{MIN_TEMPERATURE:g}"
+            )
         _in_range("cfg_scale", self.cfg_scale, 0, MAX_SCALE)
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p (={self.top_p}) must be above 0 and at most 1 (1: all)")
@@ -62,7 +68,14 @@ class Sampling:
             raise GenerationError(
                 f'cfg_schedule is "{self.cfg_schedule}", expected one of {", ".join(SCHEDULES)}'
             )
-        start, end = self.cfg_interval
+        interval = self.cfg_interval
+        if (
+            not isinstance(interval, Sequence)
+            or len(interval) != 2
+            or not all(_is_number(x) for x in interval)
+        ):
+            raise GenerationError(f"cfg_interval (={interval!r}) must be two numbers")
+        start, end = interval
         if not 0 <= start <= end <= 1:
             raise GenerationError(
                 f"cfg_interval (={start:g} to {end:g}) must lie within 0 to 1, the start first"

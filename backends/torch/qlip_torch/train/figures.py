@@ -66,7 +66,8 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis.set_title(name, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
-        if name in ("mse", "align", "gradient norm") and min(y for _, y in points) > 0:
+        # Empty until the first line is written.
+        if points and name in ("mse", "align", "gradient norm") and min(y for _, y in points) > 0:
             axis.set_yscale("log")
     if probed:
         axis = figure.add_subplot(rows, columns, len(series) + 1)

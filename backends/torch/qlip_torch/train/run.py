@@ -9,9 +9,11 @@ OUT/report.md            what came out
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +97,9 @@ def train(
     out = Path(out)
     recipe = _settled(recipe, stage, out, resume, steps)
     stages = {"1": (1,), "2": (2,), "all": (1, 2)}[stage]
-    with joined(recipe.engine) as world, StopRequest(recipe.checkpoints.grace_seconds) as stop:
+    stop = StopRequest(recipe.checkpoints.grace_seconds)
+    # A dry run has nothing to save: Ctrl-C ends it as it does any program.
+    with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         if dry_run:
             return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
         _prepare(recipe, out, world)
@@ -136,9 +140,19 @@ def _settled(
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
         ]
         recipe = recipe.changed(changes)
-    if kept.is_file():
+    if kept.is_file() and (resume or begun(out)):
         check_same_run(out, Recipe.from_file(kept), recipe, resume)
     return recipe
+
+
+def begun(out: Path) -> bool:
+    """Whether the run in `out` has made anything: a checkpoint, or a line of metrics. One that stopped before,
+    over its data say, may be begun anew."""
+    folders = (out, *out.glob("stage[12]"))
+    return any(
+        any((folder / "checkpoints").glob("step-*")) or bool(read_metrics(folder))
+        for folder in folders
+    )
 
 
 def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) -> None:
@@ -148,7 +162,7 @@ def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) ->
     if changed := difference(old.to_dict(), new.to_dict()):
         raise RecipeError(
             f"{out}: was begun with another recipe ({changed}); resume it with its own, "
-            "or start anew elsewhere (start.checkpoint continues from weights alone)"
+            "or start anew elsewhere (the recipe's `start` continues from weights alone)"
         )
 
 
@@ -171,6 +185,9 @@ def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str
 def _prepare(recipe: Recipe, out: Path, world: World) -> None:
     if world.is_first:
         out.mkdir(parents=True, exist_ok=True)
+        if not begun(out):
+            for left in (out / TOKENIZER, out / "stage2" / "start"):
+                shutil.rmtree(left, ignore_errors=True)
         if not (out / TOKENIZER).is_dir():
             write_tokenizer(recipe, out / TOKENIZER)
         # Last: a folder without it is no run yet.
@@ -272,8 +289,8 @@ class _Run:
         until: int,
         data: dict[str, Any] | None,
     ) -> None:
-        metrics = self._metrics(stage, start.config, folder, done) if self.world.is_first else None
         show = self._pictures(stage, start, folder)
+        metrics = self._metrics(stage, start.config, folder, done) if self.world.is_first else None
         try:
             with stage_loader(self.recipe, stage.recipe, start, self.world, data) as loader:
                 parts = Parts(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from qlip_torch.train.generator.samples import save_samples
 from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.run import RECIPE, check_same_run
+from qlip_torch.train.run import RECIPE, begun, check_same_run
 from qlip_torch.train.throughput import matmul_rate
 
 
@@ -73,7 +74,8 @@ def train_generator(
     """
     out = Path(out)
     recipe = _settled(recipe, out, resume, steps)
-    with joined(recipe.engine) as world, StopRequest(recipe.checkpoints.grace_seconds) as stop:
+    stop = StopRequest(recipe.checkpoints.grace_seconds)
+    with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         run = _Run(recipe, out, world, stop, say)
         if dry_run:
             return GeneratorResult(out, None, run.dry())
@@ -95,7 +97,7 @@ def _settled(
         recipe = GeneratorRecipe.from_file(kept)
     if steps is not None:
         recipe = recipe.changed([f"training.steps={steps}"])
-    if kept.is_file():
+    if kept.is_file() and (resume or begun(out)):
         check_same_run(out, GeneratorRecipe.from_file(kept), recipe, resume)
     return recipe
 
