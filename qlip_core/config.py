@@ -275,7 +275,14 @@ class QLIPConfig:
         values = dict(values)
         model_type = values.get("model_type", "clip")
         if model_type != "clip":
-            raise ConfigError(f'model_type is "{model_type}", expected "clip": not a QLIP config')
+            hint = (
+                ": a generator, which draws with its tokenizer's --model and --generator FOLDER"
+                if model_type == "qlip_generator"
+                else ""
+            )
+            raise ConfigError(
+                f'model_type is "{model_type}", expected "clip": not a QLIP config{hint}'
+            )
         return _from_dict(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
