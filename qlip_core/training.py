@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,13 +26,14 @@ class Trainer(Protocol):
         recipe: str | None,
         changes: Sequence[str],
         *,
-        stage: str,
+        stage: str | None,
         out: Path,
         resume: bool,
         steps: int | None,
         dry_run: bool,
     ) -> dict[str, Any]:
-        """Run stages "1", "2" or "all" in the folder `out`; what came out, for JSON."""
+        """Run stages "1", "2" or "all" (None: what the run was begun with, else all) in the folder `out`;
+        what came out and the plans, for JSON."""
         ...
 
     def train_generator(
@@ -55,13 +57,19 @@ class Trainer(Protocol):
         out: Path,
         resume: bool,
         steps: int | None,
-    ) -> dict[str, Any]:
-        """Find a_r / a_a by training with each objective alone (SPEC section 3)."""
+        dry_run: bool,
+    ) -> dict[str, Any] | None:
+        """Find a_r / a_a by training with each objective alone (SPEC section 3); None after a dry run."""
         ...
 
     def export(self, run: Path, out: Path, *, dtype: str) -> Path:
         """Write the newest checkpoint of a run in the published layout."""
         ...
+
+
+def toml_string(text: str) -> str:
+    """A TOML string: JSON's, but that TOML knows no surrogate pairs and wants DEL escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def get_trainer(backend: str = "torch") -> Trainer:

@@ -83,7 +83,7 @@ def test_one_picture_with_its_history(cli: Qlip, model: qlip.Model) -> None:
         "model": "tiny",
         "fingerprint": model.fingerprint,
         "generator": "generator",
-        "generator_fingerprint": model.generator.fingerprint,
+        "generator_fingerprint": model.generator and model.generator.fingerprint,
         "dtype": "float32",
         "qlip": qlip.__version__,
     }

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 from training import curve, finish, settings, start_run, write_data, write_recipe
 
 from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint
+from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, RecipeError
 from qlip_torch.model import QLIP
 from qlip_torch.train.accumulate import accumulated_backward
@@ -25,6 +27,7 @@ from qlip_torch.train.balance import balance
 from qlip_torch.train.checkpoints import Checkpoints, latest_checkpoint
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
+from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.plan import activation_bytes, make_plan
@@ -297,6 +300,52 @@ def test_a_run_that_never_began_may_be_begun_anew(place: Path, tmp_path: Path) -
     run(place, out, stage1__steps=1)
     with pytest.raises(RecipeError, match="holds a run already"):
         run(place, out, stage1__steps=1)
+
+
+def test_a_run_goes_on_with_the_stages_it_was_begun_with(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(place, out, stage="1", stage1__steps=2)
+    assert list(train(None, out=out, resume=True, say=quiet).models) == [1]
+
+
+def test_a_dry_run_leaves_a_run_alone_and_gives_its_plan(place: Path, whole_run: Path) -> None:
+    plans = train(recipe_of(place), out=whole_run, dry_run=True, say=quiet).plans
+    assert [plan.stage for plan in plans] == [1, 2]
+
+
+def test_a_recipe_keeps_any_text(place: Path, tmp_path: Path) -> None:
+    name = 'emoji \U0001f600 "\\ \x7f\n'
+    recipe = recipe_of(place, name=name)
+    (tmp_path / "r.toml").write_text(recipe.to_toml(), encoding="utf-8")
+    assert Recipe.from_file(tmp_path / "r.toml").name == name
+
+
+def test_a_disk_that_is_full_is_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise CheckpointException("no", {0: (OSError(28, "No space left on device"), None)})  # type: ignore[dict-item]
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left") as caught:
+        run(place, tmp_path / "out", stage="1", stage1__steps=1)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "out" / "stage1" / "checkpoints").glob("step-*"))
+
+
+def test_skipped_samples_are_told_and_counted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted((place / "data").glob("*.png"))[:8]
+    samples = [(path.stem, {"png": path.read_bytes(), "txt": b"a cat"}) for path in good]
+    write_tar(tmp_path / "a.tar", [*samples, ("broken", {"png": b"no image", "txt": b"a dog"})])
+    sources = [{"location": str(tmp_path / "a.tar")}]
+    out = tmp_path / "out"
+    run(place, out, stage="1", stage1__steps=4, data__sources=sources)
+    [*_, last] = read_metrics(out / "stage1")
+    assert list(last["skipped"]) == ["broken image"]
+    assert f"skipped: {tmp_path / 'a.tar'}: broken: broken image" in capsys.readouterr().err
+    assert "Skipped samples (of the first process): broken image" in (out / "report.md").read_text()
 
 
 # -- stopping and going on ---------------------------------------------------------------------
@@ -600,7 +649,10 @@ def test_a_plan_for_more_devices_divides_the_batch(place: Path) -> None:
 def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
     place: Path, tmp_path: Path
 ) -> None:
+    assert balance(recipe_of(place), out=tmp_path, dry_run=True) is None
+    assert not list(tmp_path.iterdir())
     found = balance(recipe_of(place), out=tmp_path, steps=4)
+    assert found is not None
     mse = curve(tmp_path / "probe-reconstruction")[-1][1]["mse"]
     align = curve(tmp_path / "probe-alignment")[-1][1]["align"]
     assert found.mse == mse and found.align == align

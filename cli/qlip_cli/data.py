@@ -97,7 +97,7 @@ def check(
 ) -> None:
     """Read a set through as training would: counts, sizes, caption lengths, what is broken.
 
-    The exit status is 1 if anything is broken.
+    The exit status is 1 if anything is broken, or there is no sample.
     """
     from qlip_core.data.check import check as check_set
 
@@ -110,4 +110,4 @@ def check(
             print_line(line)
     if report.broken.total and json:
         note(f"{report.broken.total} of {report.samples} samples are broken")
-    raise typer.Exit(1 if report.broken.total else 0)
+    raise typer.Exit(1 if report.broken.total or not report.samples else 0)

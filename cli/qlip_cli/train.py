@@ -11,6 +11,7 @@ from qlip_cli import options
 from qlip_cli.options import Force, Json
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
+DRY = "dry run: everything was built, nothing trained"
 GENERATOR, BALANCE, EXPORT = "generator", "balance", "export"
 
 
@@ -21,7 +22,14 @@ def train(
             metavar="[generator|balance|export] [RECIPE|RUN]", show_default=False, hidden=True
         ),
     ] = None,
-    stage: Annotated[str, typer.Option(metavar="1|2|all", help="Which stage.")] = "all",
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            metavar="1|2|all",
+            show_default=False,
+            help="Which stage (default: all; with --resume, what the run was begun with).",
+        ),
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -49,7 +57,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the plan and build everything; train nothing.")
     ] = False,
     backend: Annotated[
-        str, typer.Option("--backend", "-b", metavar="NAME", help="torch.")
+        str, typer.Option("--backend", "-b", metavar="NAME", help="What trains: torch.")
     ] = "torch",
     dtype: options.Dtype = "float32",
     force: Force = False,
@@ -87,15 +95,26 @@ def train(
         else:
             print_line(str(written))
         return
+    if dtype != "float32" or force:
+        raise typer.BadParameter("--dtype and --force are for `qlip train export`")
+    if mode in (GENERATOR, BALANCE) and stage is not None:
+        why = {GENERATOR: "a generator has one", BALANCE: "the probes are of stage 1"}[mode]
+        raise typer.BadParameter(f"--stage is for the tokenizer's training: {why}")
     recipe = rest[0] if rest else None
+    if recipe == "":
+        raise typer.BadParameter("the recipe's name is empty")
     default = "generator-emoji" if mode == GENERATOR else "emoji"
     sources = _generator_sources(data) if mode == GENERATOR else _sources(data)
     settings = [*(changes or []), *sources]
     name = recipe or default
     run = out or Path("runs") / (Path(name).stem + ("-balance" if mode == BALANCE else ""))
     if mode == BALANCE:
-        found = trainer.balance(name, settings, out=run, resume=resume, steps=steps)
-        if json:
+        found = trainer.balance(
+            name, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
+        )
+        if found is None:
+            note(DRY)
+        elif json:
             print_json(found)
         else:
             print_facts(
@@ -108,8 +127,6 @@ def train(
     else:
         recipe = name
     if mode == GENERATOR:
-        if stage != "all":
-            raise typer.BadParameter("--stage is the tokenizer's: a generator has one")
         made = trainer.train_generator(
             recipe, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
         )
@@ -125,7 +142,7 @@ def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: 
     if json:
         print_json(result)
     elif dry_run:
-        note("dry run: everything was built, nothing trained")
+        note(DRY)
     else:
         for path in paths:
             if path:
@@ -134,23 +151,22 @@ def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: 
 
 def _sources(data: list[str] | None, where: str = "data") -> list[str]:
     """--data as a change of the recipe."""
-    import json
+    from qlip_core.training import toml_string
 
     if not data:
         return []
-    tables = ", ".join(f"{{ location = {json.dumps(d)}, weight = 1.0 }}" for d in data)
+    tables = ", ".join(f"{{ location = {toml_string(d)}, weight = 1.0 }}" for d in data)
     return [f"{where}.sources=[{tables}]"]
 
 
 def _generator_sources(data: list[str] | None) -> list[str]:
     """The same for a generator: token shards, of which there is one set, or images."""
-    import json
-
     from qlip_core.data.token_shards import is_token_set
+    from qlip_core.training import toml_string
 
     shards = [d for d in data or [] if is_token_set(d)]
     if not shards:
         return [*_sources(data, "data.images"), *(['data.tokens=""'] if data else [])]
     if data != shards[:1]:
         raise typer.BadParameter("--data names token shards: then it is one set, and nothing else")
-    return [f"data.tokens={json.dumps(shards[0])}"]
+    return [f"data.tokens={toml_string(shards[0])}"]

@@ -155,7 +155,7 @@ def _note_sample(report: Report, sample: Sample, location: str) -> None:
         image = open_image(sample.image_bytes, sample.key)
     except ImageError as error:
         detail = str(error).removeprefix(f"{sample.key}: ")
-        report.broken.add(Bad(sample.key, location, BROKEN_IMAGE, detail))
+        report.broken.add(Bad(sample.key, sample.where or location, BROKEN_IMAGE, detail))
         return
     with Image.open(io.BytesIO(sample.image_bytes)) as header:
         report.formats[(header.format or "unknown").lower()] += 1

@@ -17,12 +17,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture, still encoded, and its caption. `key` names it within its source."""
+    """One picture, still encoded, and its caption. `key` names it within its source, `where` the shard."""
 
     key: str
     image_bytes: bytes = field(repr=False)
     caption: str
     meta: dict[str, Any] = field(default_factory=dict, repr=False)
+    where: str = field(default="", compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def make_sample(
     except UnicodeEncodeError:
         # A lone surrogate can come through JSON, and no tokenizer takes it.
         return Bad(key, where, NOT_UTF8, "lone surrogate")
-    return Sample(key, image, caption, meta)
+    return Sample(key, image, caption, meta, where)
 
 
 class Tally:

@@ -29,6 +29,7 @@ class Example:
     image: ImageLike = field(repr=False)
     caption: str = ""
     label: str = ""
+    where: str = ""
 
 
 class Examples(Protocol):
@@ -95,7 +96,8 @@ class StoredExamples:
                 yield item
             else:
                 label = _label(item.meta) or item.caption
-                yield Example(item.key, item.image_bytes, item.caption, self._renamed(label))
+                label = self._renamed(label)
+                yield Example(item.key, item.image_bytes, item.caption, label, item.where)
 
     def _folder(self, folder: Path) -> Iterator[Example]:
         for path in find_images(folder):
@@ -158,8 +160,9 @@ def batches(
     while chunk := list(islice(good, _AHEAD * batch_size)):
 
         def report(position: int, error: ImageError, chunk: list[Example] = chunk) -> None:
-            key = chunk[position].key
-            broken.add(Bad(key, "image", BROKEN_IMAGE, str(error)))
+            example = chunk[position]
+            detail = str(error).removeprefix("image data: ").removeprefix(f"{example.key}: ")
+            broken.add(Bad(example.key, example.where or "image", BROKEN_IMAGE, detail))
 
         images = [example.image for example in chunk]
         for positions, pixels in model.batches(images, batch_size, report):

@@ -88,7 +88,12 @@ def _from_hub(name: str) -> Path:
 def first_start(recipe: Recipe, folder: Path) -> Start:
     """Stage 1's beginning: the recipe's model, random or from `start`."""
     if recipe.start.checkpoint:
-        return start_from(open_checkpoint(recipe.start.checkpoint), recipe.start.checkpoint)
+        found = open_checkpoint(stage1_result(recipe.start.checkpoint))
+        start = start_from(found, recipe.start.checkpoint)
+        if other := _difference(recipe.model.config(), start.config):
+            note = f"the sizes are the checkpoint's, not the recipe's [model]: {other}"
+            start = dataclasses.replace(start, origin=(*start.origin, note))
+        return start
     if not recipe.stage1.learning_rate.encoder and not recipe.start.encoder:
         raise RecipeError(
             "stage1.learning_rate.encoder is 0, and the encoder would stay random: give start.checkpoint "
@@ -110,6 +115,22 @@ def first_start(recipe: Recipe, folder: Path) -> Start:
     weights, report = initialise(config, start.encoder, start.text, recipe.seed)
     lines = report.lines() if start.encoder or start.text else [f"random, seed {recipe.seed}"]
     return Start(config, weights, tokenizer, files, tuple(lines))
+
+
+def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
+    """The first size in which two models differ, but for the tokenizer's; empty if none."""
+    from qlip_core.architecture import architecture
+
+    if ours.image_size != theirs.image_size:
+        return f"{theirs.image_size} pixels, not {ours.image_size}"
+    mine, other = architecture(ours), architecture(theirs)
+    for name in sorted(mine.keys() | other.keys()):
+        if "token_embedding" in name:
+            continue
+        a, b = (list(table[name].shape) if name in table else "absent" for table in (other, mine))
+        if a != b:
+            return f"{name} is {a}, not {b}"
+    return ""
 
 
 def start_from(checkpoint: Checkpoint, origin: str) -> Start:

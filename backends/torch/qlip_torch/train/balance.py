@@ -14,6 +14,7 @@ from qlip_core.errors import RecipeError
 from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
+from qlip_torch.train.strict import write_whole
 
 BALANCED = "balanced.toml"
 PROBES = {
@@ -42,11 +43,17 @@ class Balance:
 
 
 def balance(
-    recipe: Recipe, *, out: str | Path, steps: int | None = None, resume: bool = False
-) -> Balance:
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    steps: int | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Balance | None:
     """Run both probes in `out` and write the recipe with the weights they suggest to balanced.toml.
 
-    steps: of each probe; by default those of the recipe's stage 1. Raises RecipeError where a weight
+    steps: of each probe; by default those of the recipe's stage 1. `dry_run`: print the probes' plans and build
+    them, train nothing, give None. Raises RecipeError where a weight
     is 0 that the other is measured against, or a probe ends at a loss of 0.
     """
     out = Path(out)
@@ -55,7 +62,16 @@ def balance(
             raise RecipeError(f"stage1.{name} is 0: there is nothing to balance")
     for name, changes in PROBES.items():
         folder = out / f"probe-{name}"
-        train(recipe.changed(changes), stage="1", out=folder, steps=steps, resume=resume)
+        train(
+            recipe.changed(changes),
+            stage="1",
+            out=folder,
+            steps=steps,
+            resume=resume,
+            dry_run=dry_run,
+        )
+    if dry_run:
+        return None
     mse = _end_value(out / "probe-reconstruction", "mse")
     align = _end_value(out / "probe-alignment", "align")
     if not (mse > 0 and align > 0):
@@ -63,7 +79,7 @@ def balance(
     weight = float(f"{recipe.stage1.align * align / mse:.3g}")
     balanced = recipe.changed([f"stage1.mse={weight}"])
     path = out / BALANCED
-    path.write_text(balanced.to_toml(), encoding="utf-8")
+    write_whole(path, balanced.to_toml())
     return Balance(mse, align, weight, recipe.stage1.align, path)
 
 

@@ -84,7 +84,10 @@ class Checkpoints:
             group = self._world.checkpoint_group
             if not self._background:
                 done: Future[Any] = Future()
-                done.set_result(dcp.save(tensors, storage_writer=writer, process_group=group))
+                try:
+                    done.set_result(dcp.save(tensors, storage_writer=writer, process_group=group))
+                except BaseException as error:  # raised where the result is taken
+                    done.set_exception(error)
                 return done
             found = dcp.async_save(tensors, storage_writer=writer, process_group=group)
             assert isinstance(found, Future)
@@ -117,8 +120,13 @@ class Checkpoints:
         self._pending = None
         try:
             future.result()
-        except OSError as error:
-            raise CheckpointError(f"{final}: the checkpoint cannot be written ({error})") from error
+        # The first is no Exception: where torch's own writing fails on a rank, or alone.
+        except (dcp.CheckpointException, OSError, RuntimeError) as error:
+            self._clear(part)
+            raise CheckpointError(
+                f"{final}: the checkpoint cannot be written ({_cause(error)}); the one before it is kept: "
+                "free some space, then go on with --resume"
+            ) from None
         # The first rank's share is done last: it writes the table of all ranks' shares.
         if not self._world.is_first:
             return
@@ -196,10 +204,16 @@ def read_checkpoint(
                 tensors, storage_reader=_Reader(path), process_group=group, no_dist=group is None
             )
     except (dcp.CheckpointException, OSError, ValueError) as error:
-        last = str(error).strip().splitlines()[-1]
         raise CheckpointError(
-            f"{path}: cannot be read ({last}); was it written by another recipe?"
+            f"{path}: cannot be read ({_cause(error)}); was it written by another recipe?"
         ) from None
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong; torch wraps it in tracebacks of every rank."""
+    failures = list(getattr(error, "failures", {}).values())
+    inner = failures[0][0] if failures else error
+    return (str(inner).strip() or type(inner).__name__).splitlines()[-1]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -265,7 +265,8 @@ def first_usable(
             return found.key, preparer.picture(image, found.key, ordinal), found.caption
         except ImageError as error:
             detail = str(error).removeprefix(f"{found.key}: ")
-            bad.append(Bad(found.key, location, BROKEN_IMAGE, detail))
+            where = "" if isinstance(found, Rendered) else found.where
+            bad.append(Bad(found.key, where or location, BROKEN_IMAGE, detail))
     raise DataError(
         f"{location}: {MAX_BAD_IN_A_ROW} samples in a row cannot be used, the last one: {bad[-1]}; "
         "`qlip data check` lists them"

@@ -90,7 +90,7 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         report = stage.step(batches, step, probe=bool(every) and step % every == 0)
         done = step + 1
         if parts.metrics is not None:
-            parts.metrics.record(done, report)
+            parts.metrics.record(done, report, parts.loader.state_dict)
         parts.checkpoints.poll()
         stopping = world.any(parts.stop.signal is not None)
         if stopping or done == until or done % parts.checkpoint.every == 0:

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,19 +76,35 @@ class Metrics:
         self._step, self._time = start, time.perf_counter()
         self._begin = (start, self._time)
         self._rate = 0.0
+        self._told = 0
 
-    def record(self, done: int, report: StepReport) -> None:
-        """After `done` steps: a line of JSON every so many steps, and the live line."""
+    def record(
+        self, done: int, report: StepReport, position: Callable[[], dict[str, Any]] | None = None
+    ) -> None:
+        """After `done` steps: a line of JSON every so many steps, and the live line. `position` gives the
+        data's, which counts and names the samples that were skipped on this rank."""
         now = time.perf_counter()
         last = done == self._steps
         if done % self._every == 0 or last or report.layer_norms:
             self._seconds += now - self._time
             self._rate = (done - self._step) * self._batch / max(now - self._time, 1e-9)
             self._step, self._time = done, now
-            self._write(done, self._values(report))
+            values = self._values(report)
+            if position is not None and (skipped := self._skipped(position().get("bad"))):
+                values["skipped"] = skipped
+            self._write(done, values)
         if self._terminal or now - self._shown > QUIET_SECONDS or last:
             self._shown = now
             self._show(self.line(done, report))
+
+    def _skipped(self, bad: dict[str, Any] | None) -> dict[str, int]:
+        """Counts by reason so far; those that are named and new are told."""
+        if not bad:
+            return {}
+        for named in bad["named"][self._told :]:
+            sys.stderr.write(("\n" if self._terminal else "") + f"skipped: {named}\n")
+        self._told = max(self._told, len(bad["named"]))
+        return bad["counts"]
 
     def leave_out(self, seconds: float) -> None:
         """Count so many seconds (of pictures) neither as training time nor in the images a second."""

@@ -29,8 +29,9 @@ class NonFiniteError(QlipError):
     def __init__(self, terms: Sequence[str], step: int | None) -> None:
         at = "" if step is None else f" at step {step}"
         super().__init__(
-            f"loss term {', '.join(terms)} is not finite{at}; the last checkpoint is kept: resume "
-            "from it with a lower learning rate or a lower gradient clip"
+            f"loss term {', '.join(terms)} is not finite{at}: begin again with a lower learning "
+            "rate or a lower gradient clip. Checkpoints written before are kept: `qlip train export RUN` "
+            "makes a model of the newest, which --set start.checkpoint=MODEL goes on from"
         )
         self.terms = tuple(terms)
 

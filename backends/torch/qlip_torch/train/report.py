@@ -35,7 +35,10 @@ def write_report(
     for number in (1, 2):
         folder = out / f"stage{number}"
         if latest_checkpoint(folder / "checkpoints") is not None:
-            lines += ["", *_stage(number, folder, validations.get(number))]
+            lines += [
+                "",
+                *_stage(number, folder, validations.get(number), recipe.stage2.perceptual),
+            ]
     path = out / REPORT
     part = path.with_name(f".{REPORT}.part")
     part.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -49,7 +52,16 @@ def _hardware(device: torch.device) -> str:
     return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
 
 
-def _stage(number: int, folder: Path, validation: Validation | None) -> list[str]:
+def _named(term: str, perceptual: str) -> str:
+    """A loss as the report calls it: LPIPS with the weights it was computed with."""
+    if term != "lpips":
+        return term
+    return (
+        "lpips (random weights: not LPIPS)" if perceptual == "random" else f"lpips ({perceptual})"
+    )
+
+
+def _stage(number: int, folder: Path, validation: Validation | None, perceptual: str) -> list[str]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     step = read_state(checkpoint)["step"]
@@ -67,10 +79,13 @@ def _stage(number: int, folder: Path, validation: Validation | None) -> list[str
             "| loss | first | last |",
             "|---|---|---|",
             *(
-                f"| {name} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
+                f"| {_named(name, perceptual)} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
                 for name, value in last["terms"].items()
             ),
         ]
+        if skipped := last.get("skipped"):
+            counts = ", ".join(f"{reason}: {count:,}" for reason, count in skipped.items())
+            lines += ["", f"Skipped samples (of the first process): {counts}."]
         if "bits" in last:
             bits = last["bits"]
             lines += [

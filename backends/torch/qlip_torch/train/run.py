@@ -1,6 +1,6 @@
 """A whole run: stages one after the other in a folder that says everything about it.
 
-OUT/recipe.toml          the recipe as it is run
+OUT/recipe.toml          the recipe as it is run, and in stages.txt which of its stages
 OUT/tokenizer/           where the recipe trains one
 OUT/stage1/, OUT/stage2/ metrics.jsonl, curves.png, pictures/, checkpoints/, model/
 OUT/stage2/start/        stage 1's result that stage 2 began from
@@ -49,10 +49,11 @@ from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
+from qlip_torch.train.strict import write_whole
 from qlip_torch.train.throughput import forward_flops
 from qlip_torch.train.validation import validate_emoji
 
-RECIPE, TOKENIZER = "recipe.toml", "tokenizer"
+RECIPE, STAGES, TOKENIZER = "recipe.toml", "stages.txt", "tokenizer"
 # What may change between a run and its continuation: nothing that the losses depend on.
 _MAY_CHANGE = {"name", "description", "devices", "log", "checkpoints", "engine"}
 _MAY_CHANGE_IN_DATA = {"workers", "prefetch"}
@@ -76,7 +77,7 @@ def _to_stderr(line: str) -> None:
 def train(
     recipe: Recipe | None,
     *,
-    stage: str = "all",
+    stage: str | None = None,
     out: str | Path,
     resume: bool = False,
     steps: int | None = None,
@@ -85,7 +86,7 @@ def train(
 ) -> Result:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
-    stage: "1", "2" or "all". resume: go on from the newest checkpoint in `out` (from the beginning
+    stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from the newest checkpoint in `out` (from the beginning
     where there is none yet); the recipe may then be None, for the one in `out`. steps: replaces the
     number of steps of each stage that is run. dry_run: make the plan and build everything, without a
     step and without touching `out`. say: takes the plan and what was found, a line at a time, on the
@@ -95,14 +96,16 @@ def train(
     Interrupted (with an `exit_code`) after SIGTERM or Ctrl-C, PeerError when another process died.
     """
     out = Path(out)
-    recipe = _settled(recipe, stage, out, resume, steps)
+    if stage is None:
+        stage = _begun_with(out) if resume else "all"
+    recipe = _settled(recipe, stage, out, resume and not dry_run, steps, dry_run)
     stages = {"1": (1,), "2": (2,), "all": (1, 2)}[stage]
     stop = StopRequest(recipe.checkpoints.grace_seconds)
     # A dry run has nothing to save: Ctrl-C ends it as it does any program.
     with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         if dry_run:
             return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
-        _prepare(recipe, out, world)
+        _prepare(recipe, stage, out, world)
         run = _Run(recipe, out, world, stop, say)
         models = {number: run.stage(number) for number in stages}
         report = run.report(models)
@@ -126,7 +129,12 @@ def _dry_run(
 
 
 def _settled(
-    recipe: Recipe | None, stage: str, out: Path, resume: bool, steps: int | None
+    recipe: Recipe | None,
+    stage: str,
+    out: Path,
+    resume: bool,
+    steps: int | None,
+    dry_run: bool,
 ) -> Recipe:
     if stage not in ("1", "2", "all"):
         raise RecipeError(f'stage {stage!r}: expected "1", "2" or "all"')
@@ -140,9 +148,15 @@ def _settled(
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
         ]
         recipe = recipe.changed(changes)
-    if kept.is_file() and (resume or begun(out)):
+    if kept.is_file() and not dry_run and (resume or begun(out)):
         check_same_run(out, Recipe.from_file(kept), recipe, resume)
     return recipe
+
+
+def _begun_with(out: Path) -> str:
+    """The stage or stages that the run in `out` was asked for."""
+    kept = out / STAGES
+    return kept.read_text(encoding="utf-8").strip() if kept.is_file() else "all"
 
 
 def begun(out: Path) -> bool:
@@ -182,7 +196,7 @@ def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str
     return ""
 
 
-def _prepare(recipe: Recipe, out: Path, world: World) -> None:
+def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
     if world.is_first:
         out.mkdir(parents=True, exist_ok=True)
         if not begun(out):
@@ -191,7 +205,8 @@ def _prepare(recipe: Recipe, out: Path, world: World) -> None:
         if not (out / TOKENIZER).is_dir():
             write_tokenizer(recipe, out / TOKENIZER)
         # Last: a folder without it is no run yet.
-        (out / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+        write_whole(out / STAGES, stage + "\n")
+        write_whole(out / RECIPE, recipe.to_toml())
     world.barrier()
 
 
@@ -319,7 +334,13 @@ class _Run:
         kept = folder / "start"
         if self.world.is_first and not (kept / "config.json").is_file():
             origin = self.recipe.stage2.start or str(self.out)
-            source = open_checkpoint(stage1_result(origin))
+            found = stage1_result(origin)
+            if not self.recipe.stage2.start and not (found / "config.json").is_file():
+                raise RecipeError(
+                    f"{self.out}: has no finished stage 1 to go on from: run --stage 1 first, or name one "
+                    "with --set stage2.start=RUN"
+                )
+            source = open_checkpoint(found)
             folder.mkdir(parents=True, exist_ok=True)
             card = f"---\nlicense: {source.license}\n---\n" if source.license else None
             save_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ class TorchTrainer:
         recipe: str | None,
         changes: Sequence[str],
         *,
-        stage: str,
+        stage: str | None,
         out: Path,
         resume: bool,
         steps: int | None,
@@ -37,6 +38,7 @@ class TorchTrainer:
             "out": str(result.out),
             "models": {str(number): str(path) for number, path in result.models.items()},
             "report": None if result.report is None else str(result.report),
+            "plans": [asdict(plan) | {"bytes": plan.bytes} for plan in result.plans],
         }
 
     def train_generator(
@@ -53,7 +55,8 @@ class TorchTrainer:
         chosen = None if recipe is None else GeneratorRecipe.load(recipe, changes)
         result = train_generator(chosen, out=out, resume=resume, steps=steps, dry_run=dry_run)
         generator = None if result.generator is None else str(result.generator)
-        return {"out": str(result.out), "generator": generator}
+        plan = result.plan and {**asdict(result.plan), "bytes": result.plan.bytes}
+        return {"out": str(result.out), "generator": generator, "plan": plan}
 
     def balance(
         self,
@@ -63,9 +66,14 @@ class TorchTrainer:
         out: Path,
         resume: bool,
         steps: int | None,
-    ) -> dict[str, Any]:
+        dry_run: bool,
+    ) -> dict[str, Any] | None:
         """Raises what `qlip_torch.train.balance.balance` does."""
-        found = balance(Recipe.load(recipe, changes), out=out, steps=steps, resume=resume)
+        found = balance(
+            Recipe.load(recipe, changes), out=out, steps=steps, resume=resume, dry_run=dry_run
+        )
+        if found is None:
+            return None
         return {
             "mse": found.mse,
             "align": found.align,

@@ -44,6 +44,10 @@ class GeneratorPlan:
     def images(self) -> int:
         return self.steps * self.batch
 
+    @property
+    def bytes(self) -> int:
+        return self.state_bytes + self.activation_bytes
+
     def lines(self) -> list[str]:
         """The plan, to print."""
         config = self.config
@@ -56,7 +60,7 @@ class GeneratorPlan:
             f"{self.images * self.flops:.2e} FLOPs",
             f"  {self.devices} device(s), {self.micro_batches} x {self.micro_batch} images each a "
             f"step, {self.precision}",
-            f"  memory per device about {size_text(self.state_bytes + self.activation_bytes)}: weights, "
+            f"  memory per device about {size_text(self.bytes)}: weights, "
             f"gradients and optimizer {size_text(self.state_bytes)}, activations "
             f"{size_text(self.activation_bytes)}; the frozen tokenizer comes on top",
         ]

@@ -40,6 +40,7 @@ from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.run import RECIPE, begun, check_same_run
+from qlip_torch.train.strict import write_whole
 from qlip_torch.train.throughput import matmul_rate
 
 
@@ -73,7 +74,7 @@ def train_generator(
     not there, TokenFileError for token shards of another one.
     """
     out = Path(out)
-    recipe = _settled(recipe, out, resume, steps)
+    recipe = _settled(recipe, out, resume, steps, dry_run)
     stop = StopRequest(recipe.checkpoints.grace_seconds)
     with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         run = _Run(recipe, out, world, stop, say)
@@ -81,14 +82,14 @@ def train_generator(
             return GeneratorResult(out, None, run.dry())
         if world.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            (out / RECIPE).write_text(recipe.to_toml(), encoding="utf-8")
+            write_whole(out / RECIPE, recipe.to_toml())
         world.barrier()
         plan = run.train()
     return GeneratorResult(out, out / FOLDER, plan)
 
 
 def _settled(
-    recipe: GeneratorRecipe | None, out: Path, resume: bool, steps: int | None
+    recipe: GeneratorRecipe | None, out: Path, resume: bool, steps: int | None, dry_run: bool
 ) -> GeneratorRecipe:
     kept = out / RECIPE
     if recipe is None:
@@ -97,7 +98,7 @@ def _settled(
         recipe = GeneratorRecipe.from_file(kept)
     if steps is not None:
         recipe = recipe.changed([f"training.steps={steps}"])
-    if kept.is_file() and (resume or begun(out)):
+    if kept.is_file() and not dry_run and (resume or begun(out)):
         check_same_run(out, GeneratorRecipe.from_file(kept), recipe, resume)
     return recipe
 
