@@ -34,6 +34,7 @@ from qlip_core.data.samples import Bad, Limits, Sample
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source, write_tar
 from qlip_core.data.tars import split_name, tar_samples
 from qlip_core.errors import DataError
+from qlip_core.evaluation.examples import Example, StoredExamples
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
 from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader, merge_states
 from qlip_torch.train.lanes import ShuffledStream
@@ -437,6 +438,25 @@ def test_parquet_source(tmp_path, nested):
     assert len(source.shards) == 3  # type: ignore[union-attr]
     part = list(source.read_shard(1, skip=1, part=1, parts=2))  # type: ignore[union-attr]
     assert part == [(1, items[5]), (3, items[7])]
+
+
+def test_evaluation_needs_no_captions_and_reads_labels(tmp_path):
+    names = ["tench", "a cat"]
+    features = {"label": {"names": names, "_type": "ClassLabel"}}
+    table = pa.table(
+        {"image": [{"bytes": png(n)} for n in range(3)], "label": pa.array([1, 0, 1], pa.int64())}
+    ).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, tmp_path / "p.parquet")
+    write_tar(tmp_path / "a.tar", [("x", {"png": png(0), "cls": b"7"}), ("y", {"png": png(1)})])
+
+    def told(name: str, **classes: str) -> list[tuple[str, str]]:
+        found = StoredExamples(str(tmp_path / name), classes=classes)
+        return [(each.label, each.caption) for each in found if isinstance(each, Example)]
+
+    assert told("p.parquet") == [("a cat", ""), ("tench", ""), ("a cat", "")]
+    assert told("a.tar", **{"7": "hen"}) == [("hen", ""), ("", "")]
+    with pytest.raises(DataError, match="no column `caption`"):
+        open_source(str(tmp_path / "p.parquet"))  # training does need them
 
 
 def test_parquet_faults_are_named(tmp_path):

@@ -1,7 +1,8 @@
-"""Hugging Face-style parquet: a column `image` (bytes, or a struct with `bytes`) and `caption` or `text`."""
+"""Hugging Face-style parquet: a column `image` (bytes, or a struct with `bytes`), `caption` or `text`, `label`."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -18,7 +19,10 @@ _ROWS_AT_ONCE = 16
 @dataclass(frozen=True)
 class _Columns:
     image: str
-    caption: str
+    caption: str | None
+    label: str | None
+    # What the numbers in `label` stand for, where the file says so.
+    classes: tuple[str, ...]
     # Where the image is a struct: only its bytes are read. Its path is a name, never opened.
     nested: bool
 
@@ -41,7 +45,7 @@ class ParquetSource:
         columns = []
         for number, name in enumerate(files):
             with _File(name) as file:
-                columns.append(_find_columns(name, file.schema_arrow))
+                columns.append(_find_columns(name, file.schema_arrow, limits.caption))
                 first = 0
                 for group in range(file.metadata.num_row_groups):
                     groups.append((number, group, first))
@@ -60,7 +64,8 @@ class ParquetSource:
         """(row, sample) for the row group's rows from `skip` on whose number % parts == part."""
         number, group, first = self.groups[shard]
         name, columns = self.files[number], self.columns[number]
-        wanted = [f"{columns.image}.bytes" if columns.nested else columns.image, columns.caption]
+        image = f"{columns.image}.bytes" if columns.nested else columns.image
+        wanted = [name for name in (image, columns.caption, columns.label) if name]
         stem = PurePosixPath(name).stem
         row = 0
         try:
@@ -84,15 +89,23 @@ class ParquetSource:
         image = batch.column(columns.image)[row]
         if columns.nested and image.is_valid:
             image = image["bytes"]
-        caption = batch.column(columns.caption)[row]
+        caption = batch.column(columns.caption)[row] if columns.caption else None
         for value, limit in (
             (image, self.limits.image_bytes),
             (caption, self.limits.text_bytes),
         ):
-            size = value.as_buffer().size if value.is_valid else 0
+            size = value.as_buffer().size if value is not None and value.is_valid else 0
             if size > limit:
                 return Bad(key, name, TOO_LARGE, f"a value of {size} bytes, over {limit}")
-        return make_sample(key, name, image.as_py(), caption.as_py(), None)
+        return make_sample(
+            key,
+            name,
+            image.as_py(),
+            caption.as_py() if caption is not None else None,
+            None,
+            needs_caption=self.limits.caption,
+            label=_label(batch, row, columns),
+        )
 
 
 class _File:
@@ -129,21 +142,45 @@ class _File:
         self._file.close(force=True)
 
 
-def _find_columns(name: str, schema: Any) -> _Columns:
+def _label(batch: Any, row: int, columns: _Columns) -> str | None:
+    value = batch.column(columns.label)[row].as_py() if columns.label else None
+    if value is None:
+        return None
+    if isinstance(value, int) and 0 <= value < len(columns.classes):
+        return columns.classes[value]
+    return str(value)
+
+
+def _class_names(schema: Any, label: str) -> tuple[str, ...]:
+    """What Hugging Face's `datasets` notes of a ClassLabel; empty where there is nothing of the kind."""
+    try:
+        noted = json.loads((schema.metadata or {})[b"huggingface"])
+        names = noted["info"]["features"][label]["names"]
+        return tuple(str(name) for name in names)
+    except (KeyError, TypeError, ValueError):
+        return ()
+
+
+def _find_columns(name: str, schema: Any, needs_caption: bool) -> _Columns:
     import pyarrow.types as kinds
 
     have = ", ".join(schema.names) or "none"
     if "image" not in schema.names:
         raise DataError(f"{name}: no column `image`; columns: {have}")
     caption = next((c for c in _CAPTIONS if c in schema.names), None)
-    if caption is None:
+    if caption is None and needs_caption:
         raise DataError(f"{name}: no column `caption` or `text`; columns: {have}")
     kind = schema.field("image").type
     nested = kinds.is_struct(kind) and kind.get_field_index("bytes") >= 0
     inner = kind.field("bytes").type if nested else kind
     if not (kinds.is_binary(inner) or kinds.is_large_binary(inner)):
         raise DataError(f"{name}: column `image` is {kind}; expected bytes or a struct with bytes")
-    text = schema.field(caption).type
-    if not (kinds.is_string(text) or kinds.is_large_string(text)):
+    text = schema.field(caption).type if caption else None
+    if text is not None and not (kinds.is_string(text) or kinds.is_large_string(text)):
         raise DataError(f"{name}: column `{caption}` is {text}; expected strings")
-    return _Columns("image", caption, nested)
+    label = "label" if "label" in schema.names else None
+    if label and not (
+        kinds.is_integer(schema.field(label).type) or kinds.is_string(schema.field(label).type)
+    ):
+        label = None
+    return _Columns("image", caption, label, _class_names(schema, label) if label else (), nested)

@@ -9,10 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes in bytes above which a member is bad, and never read into memory."""
+    """Sizes in bytes above which a member is bad, and never read into memory; and whether a sample needs a
+    `caption`, as in training, or does without ("")."""
 
     image_bytes: int = 64 * 2**20
     text_bytes: int = 2**20
+    caption: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,14 @@ def make_sample(
     image: bytes | None,
     caption: bytes | str | None,
     meta: bytes | dict[str, Any] | None,
+    *,
+    needs_caption: bool = True,
+    label: bytes | str | None = None,
 ) -> Sample | Bad:
     """A sample from its parts, or what is wrong with them. The image is not decoded here.
 
-    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it.
+    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it. `label`
+    becomes the metadata's, if they have none.
     """
     if image is None or not image:
         return Bad(key, where, NO_IMAGE)
@@ -75,8 +81,13 @@ def make_sample(
         meta = {}
     if not isinstance(meta, dict):
         return Bad(key, where, NOT_JSON, f"a {type(meta).__name__}")
+    if label is not None:
+        text = label if isinstance(label, str) else label.decode("utf-8-sig", "replace")
+        meta = {"label": text.strip(), **meta}
     if caption is None and isinstance(meta.get("caption"), str):
         caption = meta["caption"]
+    if caption is None and not needs_caption:
+        caption = ""
     if caption is None:
         return Bad(key, where, NO_CAPTION)
     if isinstance(caption, bytes):
@@ -85,7 +96,7 @@ def make_sample(
         except UnicodeDecodeError as error:
             return Bad(key, where, NOT_UTF8, f"byte {error.start}")
     caption = caption.strip()
-    if not caption:
+    if not caption and needs_caption:
         return Bad(key, where, EMPTY_CAPTION)
     try:
         caption.encode()

@@ -110,7 +110,14 @@ class FolderSource:
                 beside[suffix] = file.read_bytes()
         except OSError as error:
             return Bad(key, self.location, UNREADABLE, error.strerror or str(error))
-        return make_sample(key, self.location, image, beside.get(".txt"), beside.get(".json"))
+        return make_sample(
+            key,
+            self.location,
+            image,
+            beside.get(".txt"),
+            beside.get(".json"),
+            needs_caption=self.limits.caption,
+        )
 
 
 AnySource = TarSource | FolderSource | ParquetSource

@@ -222,7 +222,7 @@ def tar_samples(
 ) -> Iterator[tuple[int, Sample | Bad]]:
     """(number, sample) for the archive's samples from `skip` on whose number % parts == part.
 
-    A sample is consecutive members of one key: an image, `txt`, `json`. The others' bytes are not kept.
+    A sample is consecutive members of one key: an image, `txt`, `json`, `cls` (a label). The others' bytes are not kept.
     A broken archive ends with one more Bad. Numbers depend on the names alone, not on what was read.
     """
     number, key = -1, None
@@ -238,7 +238,15 @@ def tar_samples(
         assert key is not None
         if oversize:
             return Bad(key, where, TOO_LARGE, oversize)
-        return make_sample(key, where, found.get("image"), found.get("txt"), found.get("json"))
+        return make_sample(
+            key,
+            where,
+            found.get("image"),
+            found.get("txt"),
+            found.get("json"),
+            needs_caption=limits.caption,
+            label=found.get("cls"),
+        )
 
     try:
         for member in members(stream):
@@ -252,7 +260,7 @@ def tar_samples(
                 number, key, found, seen, oversize = number + 1, named[0], {}, set(), ""
             seen.add(named[1])
             kind = "image" if named[1] in IMAGE_SUFFIXES else named[1]
-            if kind not in ("image", "txt", "json") or kind in found or not wanted():
+            if kind not in ("image", "txt", "json", "cls") or kind in found or not wanted():
                 continue
             limit = limits.image_bytes if kind == "image" else limits.text_bytes
             if member.size > limit:

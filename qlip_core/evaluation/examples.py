@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from qlip_core.data.draws import stable_hash
-from qlip_core.data.samples import BROKEN_IMAGE, Bad, Tally
+from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Tally
 from qlip_core.data.shards import iter_samples, open_source
 from qlip_core.errors import DataError, ImageError
 from qlip_core.images import ImageLike, find_images
@@ -66,8 +66,9 @@ class ExampleList:
 class StoredExamples:
     """Tars, parquet, or a folder of images.
 
-    A folder needs no captions: a `.txt` beside an image is its caption if there is one. An image's class
-    is the folder it lies in, else the metadata's "label", else its caption; `classes` renames them.
+    Captions are not needed: in a folder a `.txt` beside an image is its caption if there is one. An image's
+    class is the folder it lies in, else its label (metadata's "label", `.cls` in a tar, a column `label` in
+    parquet), else its caption; `classes` renames them.
     `limit` ends the set early.
     """
 
@@ -87,7 +88,7 @@ class StoredExamples:
         return islice(self._all(), self.limit)
 
     def _all(self) -> Iterator[Example | Bad]:
-        source = open_source(self.location)
+        source = open_source(self.location, Limits(caption=False))
         if source.kind == "folder":
             yield from self._folder(Path(self.location))
             return

@@ -73,7 +73,7 @@ def evaluate_zero_shot(
             }
     scores_out: dict[str, float | None] = {
         "top-1": float((rank < 1).mean()),
-        "top-5": float((rank < 5).mean()),
+        **({"top-5": float((rank < 5).mean())} if len(classes) > 5 else {}),
         "top-1, mean of classes": float(np.mean([c["top-1"] for c in per_class.values()])),
         "chance": 1 / len(classes),
     }
