@@ -541,6 +541,15 @@ def test_http_faults_are_named(server, monkeypatch):
     make_shards(folder, 1, 2)
     with pytest.raises(DataError, match=r"009\.tar: cannot be read \(HTTP Error 404"):
         list(iter_samples(open_source(f"{address}/009.tar")))
+    # A check goes on past it, as long as there is anything to check.
+    report = check(f"{address}/{{000..001}}.tar")
+    assert (report.good, report.broken.counts) == (2, {"unreadable shard": 1})
+    assert (
+        "001.tar: shard 1: unreadable shard (cannot be read (HTTP Error 404"
+        in report.broken.named[0]
+    )
+    with pytest.raises(DataError, match=r"008\.tar: cannot be read"):
+        check(f"{address}/{{008..009}}.tar")
 
 
 def test_pipe_source(tmp_path):

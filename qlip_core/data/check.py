@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from qlip_core.data.draws import stable_hash
-from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Sample, Tally
+from qlip_core.data.samples import (
+    BROKEN_ARCHIVE,
+    BROKEN_IMAGE,
+    UNREADABLE_SHARD,
+    Bad,
+    Limits,
+    Sample,
+    Tally,
+)
 from qlip_core.data.shards import AnySource, FolderSource, iter_samples, open_source
-from qlip_core.errors import ImageError
+from qlip_core.errors import DataError, ImageError
 from qlip_core.images import open_image
 
 # Keys are remembered as 64-bit hashes, 100 MB of them at most; later keys are held against these.
@@ -137,9 +145,9 @@ def check(
     shards = None if isinstance(source, FolderSource) else len(source.shards)
     report = Report(source.location, source.kind, shards)
     seen: set[int] = set()
-    for item in iter_samples(source):
+    for item in _items(source):
         report.samples += 1
-        if not isinstance(item, Bad) or item.reason != "broken archive":
+        if not isinstance(item, Bad) or item.reason not in (BROKEN_ARCHIVE, UNREADABLE_SHARD):
             _note_key(report, seen, item.key)
         if isinstance(item, Bad):
             report.broken.add(item)
@@ -148,6 +156,24 @@ def check(
         if progress is not None:
             progress(report.samples)
     return report
+
+
+def _items(source: AnySource) -> Iterator[Sample | Bad]:
+    """`iter_samples`, with a Bad for a shard that cannot be opened. Raises DataError where none can."""
+    if isinstance(source, FolderSource):
+        yield from iter_samples(source)
+        return
+    failures: list[str] = []  # not the errors, which would hold on to their connections
+    for shard, address in enumerate(source.shards):
+        try:
+            for _, item in source.read_shard(shard):
+                yield item
+        except DataError as error:
+            failures.append(str(error))
+            if len(failures) == len(source.shards):
+                raise DataError(failures[0]) from None
+            detail = failures[-1].removeprefix(f"{address}: ")
+            yield Bad(f"shard {shard}", address, UNREADABLE_SHARD, detail)
 
 
 def _note_sample(report: Report, sample: Sample, location: str) -> None:

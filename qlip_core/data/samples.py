@@ -53,6 +53,7 @@ NOT_JSON = "metadata is not a JSON object"
 UNREADABLE = "unreadable file"
 BROKEN_IMAGE = "broken image"
 BROKEN_ARCHIVE = "broken archive"
+UNREADABLE_SHARD = "unreadable shard"
 
 
 def make_sample(

@@ -232,8 +232,7 @@ class _Run:
         model = folder / STAGE_MODEL
         if (model / "config.json").is_file():
             return model
-        start = self._start(number, folder)
-        self._plan(number, start)
+        start = self._planned(number, lambda: self._start(number, folder))
         stage = self._build(number, start)
         checkpoints = Checkpoints(
             folder / "checkpoints",
@@ -260,9 +259,10 @@ class _Run:
         """The plan of a stage, and everything built: weights, engine, optimizer, the first batch."""
         if number == 2 and (origin := self.recipe.stage2.start):
             start = start_from(open_checkpoint(stage1_result(origin)), origin)
+            self._plan(number, start.config)
+            self.say(*(f"  weights: {line}" for line in start.origin))
         else:
-            start = first_start(self.recipe, self.out / TOKENIZER)
-        self._plan(number, start)
+            start = self._planned(number, lambda: first_start(self.recipe, self.out / TOKENIZER))
         stage = self._build(number, start)
         with stage_loader(self.recipe, stage.recipe, start, self.world, None) as loader:
             next(loader)
@@ -283,16 +283,27 @@ class _Run:
             for line in lines:
                 self._say(line)
 
-    def _plan(self, number: int, start: Start) -> None:
+    def _planned(self, number: int, make: Callable[[], Start]) -> Start:
+        """A stage's beginning, its plan said before anything is fetched for it, where the recipe alone tells."""
+        known = not self.recipe.start.checkpoint and not (number == 2 and self.recipe.stage2.start)
+        if known:
+            self._plan(number, self.recipe.model.config())
+        start = make()
+        if not known:
+            self._plan(number, start.config)
+        self.say(*(f"  weights: {line}" for line in start.origin))
+        return start
+
+    def _plan(self, number: int, config: QLIPConfig) -> None:
         # Every rank: a recipe that does not divide over them is an error on each.
         if not self.world.is_first:
             (self.recipe.stage1 if number == 1 else self.recipe.stage2).micro_batches(
                 self.world.size
             )
             return
-        plan = make_plan(self.recipe, start.config, number, self.world.device, self.world.size)
+        plan = make_plan(self.recipe, config, number, self.world.device, self.world.size)
         self.plans.append(plan)
-        self.say(*plan.lines(), *(f"  weights: {line}" for line in start.origin))
+        self.say(*plan.lines())
 
     def _train(
         self,
