@@ -122,7 +122,8 @@ class Checkpoints:
             future.result()
         # The first is no Exception: where torch's own writing fails on a rank, or alone.
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
-            self._clear(part)
+            if self._world.is_first:
+                self._clear(part)
             raise CheckpointError(
                 f"{final}: the checkpoint cannot be written ({_cause(error)}); the one before it is kept: "
                 "free some space, then go on with --resume"

@@ -86,8 +86,8 @@ def train(
 ) -> Result:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
-    stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from the newest checkpoint in `out` (from the beginning
-    where there is none yet); the recipe may then be None, for the one in `out`. steps: replaces the
+    stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from
+    the newest checkpoint in `out` (from the beginning where there is none yet); the recipe may then be None, for the one in `out`. steps: replaces the
     number of steps of each stage that is run. dry_run: make the plan and build everything, without a
     step and without touching `out`. say: takes the plan and what was found, a line at a time, on the
     first rank.
@@ -199,7 +199,8 @@ def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str
 def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
     if world.is_first:
         out.mkdir(parents=True, exist_ok=True)
-        if not begun(out):
+        # Only what a run left that never began: another folder's `tokenizer` is not ours to remove.
+        if (out / RECIPE).is_file() and not begun(out):
             for left in (out / TOKENIZER, out / "stage2" / "start"):
                 shutil.rmtree(left, ignore_errors=True)
         if not (out / TOKENIZER).is_dir():
