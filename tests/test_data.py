@@ -35,11 +35,11 @@ from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_so
 from qlip_core.data.tars import split_name, tar_samples
 from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Example, StoredExamples
-from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD, Preprocessing
+from qlip_core.preprocessing import Preprocessing
 from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader, merge_states
 from qlip_torch.train.lanes import ShuffledStream
 from qlip_torch.train.order import Mixture, epoch_index, permute
-from qlip_torch.train.pictures import Augmentation
+from qlip_torch.train.pictures import Augmentation, Normalizer
 from qlip_torch.train.sources import EmojiSource
 
 SIZE = 16
@@ -83,8 +83,6 @@ def loader_for(data: DataConfig, batch_size: int = 8, **places) -> Loader:
     return make_loader(
         data,
         image_size=SIZE,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
         tokenizer=FakeTokenizer(),
         batch_size=batch_size,
         **places,
@@ -617,11 +615,12 @@ def test_pixels_and_ids_are_the_pictures(tmp_path):
     """Without augmentation a row is what preprocessing gives at inference."""
     location = make_folder(tmp_path / "f", 8)
     batch = take(loader_for(DataConfig((Source(location),), workers=0, scale=(1.0, 1.0))), 1)[0]
-    assert batch.pixels.dtype == torch.float32 and batch.pixels.shape == (8, 3, SIZE, SIZE)
+    assert batch.pixels.dtype == torch.uint8 and batch.pixels.shape == (8, 3, SIZE, SIZE)
     assert batch.ids.dtype == torch.int64
     assert sorted(batch.keys) == sorted(f"{'sub/' if n % 2 else ''}{n:03d}" for n in range(8))
     preprocess = Preprocessing(SIZE)
-    for key, pixels, ids in zip(batch.keys, batch.pixels, batch.ids):
+    normalized = Normalizer(torch.device("cpu"))(batch.pixels)
+    for key, pixels, ids in zip(batch.keys, normalized, batch.ids):
         number = int(key[-3:])
         np.testing.assert_array_equal(pixels.numpy(), preprocess(png(number)))
         assert bytes(ids[ids > 0].tolist()).decode() == f"picture {number}"[:12]
@@ -970,7 +969,7 @@ def tokens(texts):
 stop = []
 signal.signal(signal.SIGTERM, lambda *a: stop.append("TERM"))
 signal.signal(signal.SIGINT, lambda *a: stop.append("INT"))
-with make_loader(DataConfig(workers=2), image_size=16, mean=(0, 0, 0), std=(1, 1, 1),
+with make_loader(DataConfig(workers=2), image_size=16,
                  tokenizer=tokens, batch_size=4) as loader:
     next(loader)
     print("ready", flush=True)

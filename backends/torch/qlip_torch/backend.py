@@ -122,10 +122,10 @@ class TorchNetwork:
         return _to_numpy(self._latents(pixels))
 
     @torch.inference_mode()
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
+    def encode(self, pixels: np.ndarray | torch.Tensor) -> np.ndarray:
         return (self._latents(pixels) > 0).to(torch.uint8).cpu().numpy()
 
-    def _latents(self, pixels: np.ndarray) -> torch.Tensor:
+    def _latents(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
         _, z = self._part("encoder").encode(self._to_device(pixels))
         return self._part("down").bottleneck_down(z)
 
@@ -151,10 +151,12 @@ class TorchNetwork:
     def text_states(self, ids: np.ndarray) -> np.ndarray:
         return _to_numpy(self._part("text").text_states(torch.tensor(ids, device=self.device)))
 
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        if not values.flags.writeable:  # which torch.from_numpy warns of
-            values = values.copy()
-        return torch.from_numpy(values).to(self.device, DTYPES[self.dtype])
+    def _to_device(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        if isinstance(values, np.ndarray):
+            if not values.flags.writeable:  # which torch.from_numpy warns of
+                values = values.copy()
+            values = torch.from_numpy(values)
+        return values.to(self.device, DTYPES[self.dtype])
 
 
 def _to_numpy(values: torch.Tensor) -> np.ndarray:

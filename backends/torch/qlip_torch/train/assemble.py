@@ -15,7 +15,6 @@ from qlip_core.config import QLIPConfig
 from qlip_core.data.emoji import caption_corpus
 from qlip_core.data.vocabulary import train_bpe
 from qlip_core.errors import RecipeError
-from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
 from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
@@ -159,8 +158,6 @@ def stage_loader(
     return make_loader(
         recipe.data,
         image_size=start.config.image_size,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
         tokenizer=start.tokenizer,
         batch_size=stage.batch // micro_batches,
         rank=world.rank,
@@ -170,7 +167,7 @@ def stage_loader(
 
 
 def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
-    """The pictures a run is watched by, [count, 3, S, S]: held out where the source is the emoji set."""
+    """The pictures a run is watched by, uint8 [count, 3, S, S]: held out where the source is the emoji set."""
     quiet = dataclasses.replace(
         data,
         sources=tuple(_held_out(source) for source in data.sources),
@@ -183,8 +180,6 @@ def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
     with make_loader(
         quiet,
         image_size=start.config.image_size,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
         tokenizer=start.tokenizer,
         batch_size=count,
     ) as loader:

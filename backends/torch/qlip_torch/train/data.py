@@ -1,6 +1,6 @@
 """The training loader: captioned pictures from many sources, in an order that any restart finds again.
 
-with make_loader(DataConfig(), image_size=64, mean=..., std=..., tokenizer=..., batch_size=64) as loader:
+with make_loader(DataConfig(), image_size=64, tokenizer=..., batch_size=64) as loader:
     for batch in loader: ...
 
 What is guaranteed, with B the global batch, W ranks, b = B/W rows a rank:
@@ -208,8 +208,6 @@ def make_loader(
     data: DataConfig,
     *,
     image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
     tokenizer: Tokenize,
     batch_size: int,
     rank: int = 0,
@@ -234,8 +232,6 @@ def make_loader(
     weights = [source.weight for source in data.sources]
     preparer = Preparer(
         size=image_size,
-        mean=mean,
-        std=std,
         tokenizer=tokenizer,
         augmentation=Augmentation(data.scale, data.ratio, data.flip),
         seed=data.seed,
@@ -361,7 +357,7 @@ def _check_shared_memory(data: DataConfig, rows: int, size: int) -> None:
     memory = Path("/dev/shm")
     if not data.workers or sys.platform != "linux" or not memory.is_dir():
         return
-    need = rows * 3 * size * size * 4 * data.workers * (data.prefetch + 1)
+    need = rows * 3 * size * size * data.workers * (data.prefetch + 1)
     free = shutil.disk_usage(memory).free
     if need > free:
         raise DataError(

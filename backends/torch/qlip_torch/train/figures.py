@@ -24,8 +24,9 @@ def to_images(pixels: Tensor) -> np.ndarray:
 
 
 def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
-    """A PNG with the images [B, 3, S, S] in the upper row and their reconstructions below."""
-    rows = [to_images(pixels), to_images(reconstruction)]
+    """A PNG with the images, uint8 [B, 3, S, S], in the upper row, and below their reconstructions,
+    normalised [B, 3, S, S]."""
+    rows = [pixels.permute(0, 2, 3, 1).numpy(), to_images(reconstruction)]
     count, side = rows[0].shape[:2]
     scale = max(1, 128 // side)
     step = side * scale + _GAP

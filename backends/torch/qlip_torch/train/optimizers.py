@@ -80,9 +80,14 @@ class Lamb(Optimizer):
                 )
             for p, direction in zip(params, directions):
                 if p.ndim >= 2:
-                    if group["weight_decay"]:
-                        direction.add_(_local(p).float(), alpha=group["weight_decay"])
                     matrices.append((p, direction, group["lr"]))
+            decayed = [i for i, p in enumerate(params) if p.ndim >= 2 and group["weight_decay"]]
+            if decayed:
+                torch._foreach_add_(
+                    [directions[i] for i in decayed],
+                    [_local(params[i]).float() for i in decayed],
+                    alpha=group["weight_decay"],
+                )
         self._step_matrices(matrices)
         return loss
 
@@ -117,10 +122,13 @@ class Lamb(Optimizer):
         torch._foreach_lerp_(average, grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
+        # m / (sqrt(v) * c1 / sqrt(c2) + c1 * eps), with the corrections c = 1 - beta^step.
+        first = [1 - beta1**s for s in steps]
         denominator = torch._foreach_sqrt(square)
-        torch._foreach_div_(denominator, [math.sqrt(1 - beta2**s) for s in steps])
-        torch._foreach_add_(denominator, group["eps"])
-        torch._foreach_mul_(denominator, [1 - beta1**s for s in steps])
+        torch._foreach_mul_(
+            denominator, [c / math.sqrt(1 - beta2**s) for c, s in zip(first, steps)]
+        )
+        torch._foreach_add_(denominator, [c * group["eps"] for c in first])
         return list(torch._foreach_div(average, denominator))
 
     def _step_matrices(self, matrices: list[tuple[Tensor, Tensor, float]]) -> None:

@@ -104,7 +104,7 @@ class Stage:
     backward: Probing
     after: Callable[[int], None]
     reconstruct: Callable[[Tensor], Tensor]
-    """Pixels [B, 3, S, S] to their reconstruction; every rank calls it."""
+    """Pixels as of `Batch` to their reconstruction, normalised; every rank calls it."""
     companion: Companion | None = None
     ema: Ema | None = None
 
@@ -129,12 +129,8 @@ class Stage:
         finally:
             if layer is not None:
                 layer.close()
-        terms, bits = self._look(found, step)
         norm = clip_gradients(self.parameters, self.recipe.clip, self.world)
-        # Its own look: NaN hides in gradients also where every term is finite.
-        gradient_norm = float(norm.item())
-        if not math.isfinite(gradient_norm):
-            raise NonFiniteError(["gradient norm"], step)
+        terms, gradient_norm, bits = self._look(found, norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion is not None:
@@ -151,18 +147,26 @@ class Stage:
             layer_norms=layer.norms(self.weights, self.world) if layer is not None else {},
         )
 
-    def _look(self, found: Backward, step: int) -> tuple[dict[str, float], Bits | None]:
+    def _look(
+        self, found: Backward, norm: Tensor, step: int
+    ) -> tuple[dict[str, float], float, Bits | None]:
+        """Terms, gradient norm and bits as numbers, in one wait for the device."""
         names = list(found.terms)
         values = [found.terms[name].float().reshape(1) for name in names]
         if self.model.config.quantizes:
             values.append((found.u > 0).float().mean((0, 1)))
-        numbers = self.world.mean(torch.cat(values)).tolist()
+        gradient_norm, *numbers = torch.cat(
+            (norm.reshape(1), self.world.mean(torch.cat(values)))
+        ).tolist()
         terms = dict(zip(names, numbers))
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
+        # NaN hides in gradients also where every term is finite.
+        if not wrong and not math.isfinite(gradient_norm):
+            wrong = ["gradient norm"]
         if wrong:
             raise NonFiniteError(wrong, step)
         usage = numbers[len(names) :]
-        return terms, Bits(tuple(usage)) if usage else None
+        return terms, gradient_norm, Bits(tuple(usage)) if usage else None
 
     # -- what is remembered ----------------------------------------------------------------------
 
@@ -254,7 +258,9 @@ def fill_state(optimizer: Optimizer) -> None:
         for p in group["params"]:
             state = optimizer.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                # torch's fused kernels count on the device, all others on the host.
+                where = p.device if group.get("fused") else None
+                state["step"] = torch.tensor(0.0, device=where)
                 state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
 

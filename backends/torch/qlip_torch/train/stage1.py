@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from qlip_torch.train import objectives
 from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
 from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
 from qlip_torch.train.optimizers import Lamb, group_of, parameter_groups
-from qlip_torch.train.pictures import Batch
+from qlip_torch.train.pictures import Batch, Normalizer
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage, last_shared_layer
@@ -47,11 +48,12 @@ class Stage1Network(nn.Module):
     def __init__(self, model: QLIP, precision: Precision) -> None:
         super().__init__()
         self.model, self.precision = model, precision
+        self.normalize = Normalizer(precision.device)
 
     def forward(self, pixels: Tensor, ids: Tensor, reconstruct: bool) -> Forward:
-        """Pixels [B, 3, S, S] and ids [B, T]; without `reconstruct` the two means are 0."""
+        """Pixels as of `Batch` and ids [B, T]; without `reconstruct` the two means are 0."""
         model, device = self.model, self.precision.device
-        pixels, ids = (x.to(device, non_blocking=True) for x in (pixels, ids))
+        pixels, ids = self.normalize(pixels), ids.to(device, non_blocking=True)
         with self.precision.autocast():
             cls, z = model.encode(pixels)
             image, text = model.embed_image(cls), model.embed_text(ids)
@@ -72,8 +74,8 @@ class Stage1Network(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] to what the decoder makes of their code."""
-        return reconstruct(self.model, pixels, self.precision)
+        """Pixels as of `Batch` to what the decoder makes of their code, normalised [B, 3, S, S]."""
+        return reconstruct(self.model, self.normalize(pixels), self.precision)
 
 
 class Stage1Losses:
@@ -131,9 +133,9 @@ def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
 
 
 def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
-    """Pixels [B, 3, S, S], of any device, through the code and back."""
+    """Normalised pixels [B, 3, S, S] through the code and back."""
     with precision.autocast():
-        _, z = model.encode(pixels.to(precision.device))
+        _, z = model.encode(pixels)
         with exactly(precision.device):
             u = model.bottleneck_down(lifted(z))
         return model.decode(model.bottleneck_up(model.quantize(u)))
@@ -171,7 +173,7 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
     )
     rates = _rates(recipe)
     groups = parameter_groups(model, rates, recipe.weight_decay)
-    kind = {"lamb": Lamb, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    kind = {"lamb": Lamb, "adamw": partial(torch.optim.AdamW, fused=True)}[recipe.optimizer]
     optimizer = kind(groups, lr=rates["rest"], betas=recipe.betas, weight_decay=recipe.weight_decay)
     losses = Stage1Losses(wrapped.module, model, recipe, world)
 

@@ -26,7 +26,7 @@ from qlip_torch.train.discriminator import (
 from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
 from qlip_torch.train.optimizers import parameter_groups
 from qlip_torch.train.perceptual import Lpips, build_perceptual, clip_to_signed
-from qlip_torch.train.pictures import Batch
+from qlip_torch.train.pictures import Batch, Normalizer
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import DiscriminatorRecipe, EngineRecipe, Stage2Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage
@@ -36,7 +36,7 @@ PARTS = ("encoder", "down", "up", "decoder")
 
 
 class Encoded(NamedTuple):
-    """A micro-batch behind the frozen encoder: pixels [B, 3, S, S] and patch features z [B, N, D]."""
+    """A micro-batch behind the frozen encoder: normalised pixels [B, 3, S, S] and patch features z [B, N, D]."""
 
     pixels: Tensor
     z: Tensor
@@ -60,17 +60,19 @@ class Stage2Network(nn.Module):
     def __init__(self, model: QLIP, precision: Precision) -> None:
         super().__init__()
         self.model, self.precision = model, precision
+        self.normalize = Normalizer(precision.device)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Encoded:
-        pixels = pixels.to(self.precision.device, non_blocking=True)
+        """Pixels as of `Batch`."""
+        pixels = self.normalize(pixels)
         with self.precision.autocast():
             return Encoded(pixels, self.model.encode(pixels)[1].contiguous())
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] to what the decoder makes of their code."""
-        return reconstruct(self.model, pixels, self.precision)
+        """Pixels as of `Batch` to what the decoder makes of their code, normalised [B, 3, S, S]."""
+        return reconstruct(self.model, self.normalize(pixels), self.precision)
 
     def forward(self, pixels: Tensor, z: Tensor, decode: bool) -> Forward:
         model = self.model
@@ -110,6 +112,7 @@ class Adversary:
             lr=recipe.learning_rate,
             betas=stage.betas,
             weight_decay=stage.weight_decay,
+            fused=True,
         )
 
     def generator_loss(self, pixels_hat: Tensor) -> Tensor:
@@ -226,7 +229,7 @@ def build_stage2(
         recipe.weight_decay,
     )
     optimizer = torch.optim.AdamW(
-        groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay
+        groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
     perceptual = adversary = None
     if recipe.lpips:

@@ -22,9 +22,11 @@ from qlip_core.data.token_shards import TokenShards
 from qlip_core.errors import DataError
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.model import Model
+from qlip_torch.backend import TorchNetwork
 from qlip_torch.train.data import Loader, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.generator.recipe import GeneratorRecipe
+from qlip_torch.train.pictures import Normalizer
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the generator is trained on (`Generator.forward`): caption features, which of them are valid, which
@@ -110,14 +112,14 @@ class ImageFeed:
         world: World,
         state: dict[str, Any] | None,
     ) -> None:
-        self._config, self._tokenizer, self._world = config, tokenizer, world
+        assert isinstance(tokenizer.network, TorchNetwork)
+        self._config, self._network, self._world = config, tokenizer.network, world
         self._rows = _rows_of_rank(recipe, world)
         preprocessing = tokenizer.preprocessing
+        self._normalize = Normalizer(world.device, preprocessing.mean, preprocessing.std)
         self._loader: Loader = make_loader(
             recipe.data.images,
             image_size=tokenizer.config.image_size,
-            mean=preprocessing.mean,
-            std=preprocessing.std,
             tokenizer=no_ids,
             batch_size=self._rows * world.size,
             rank=world.rank,
@@ -128,7 +130,7 @@ class ImageFeed:
     def __next__(self) -> Rows:
         first = self._loader.samples + self._world.rank * self._rows
         batch = next(self._loader)
-        bits = self._tokenizer.network.encode(batch.pixels.numpy())
+        bits = self._network.encode(self._normalize(batch.pixels))
         places = first + np.arange(self._rows, dtype=np.int64)
         return Rows(sub_tokens(bits, self._config), batch.captions, places)
 

@@ -68,7 +68,10 @@ class GeneratorStage:
         network = LossNetwork(model, self.precision)
         self._spread = spread(network, blocks, recipe.engine, world, half=self.precision.half)
         self.optimizer = torch.optim.AdamW(
-            _groups(model, self.recipe), lr=self.recipe.learning_rate, betas=self.recipe.betas
+            _groups(model, self.recipe),
+            lr=self.recipe.learning_rate,
+            betas=self.recipe.betas,
+            fused=True,
         )
         fill_state(self.optimizer)
         self.ema = Ema(model, self.recipe.ema) if self.recipe.ema else None
