@@ -81,8 +81,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """What tells this tokenizer from any other: 32 hex digits of its config and its weights.
 
-        Covers the visual towers and the bottleneck (what tokens depend on), sampling each large
-        tensor at 16 places, so that it costs milliseconds at any size. Any training changes it.
+        Covers the visual towers and the bottleneck (what tokens depend on): names, shapes and values, of
+        each large tensor 16 samples, so that it costs milliseconds at any size. Training, which moves all
+        values, changes it; a few values edited by hand need not.
         """
         return self._digest([part for part in PARTS if part != "text"])
 
@@ -184,8 +185,9 @@ def _sharded(index: Path) -> list[Path]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
         # Names only: an index must not lead out of its folder.
-        assert names and all(isinstance(n, str) and Path(n).name == n for n in names)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{index}: not a readable index of weight files") from None
     for name in names:
         if not (index.parent / name).is_file():
@@ -210,7 +212,8 @@ def save_checkpoint(
 
     `weights` float32 by published name, all of them; `dtype` how they are stored (float32, float16,
     bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
-    front matter states the licence. An existing folder is replaced. Raises CheckpointError if the
+    front matter states the licence. In an existing folder the model is replaced, and what else is there
+    stays. Raises CheckpointError if the
     weights do not fit the config or are not finite.
     """
     folder = Path(folder)
@@ -242,21 +245,28 @@ def save_checkpoint(
 
 
 def replace_folder(folder: Path, temporary: Path) -> None:
-    """Put a folder that is complete in its place."""
+    """Put a folder that is complete in its place; of an older one only what it replaces goes.
+
+    Killed in between, the older one is left beside it, as `.NAME.*.old`.
+    """
     if not folder.exists():
         temporary.rename(folder)
         return
     old = temporary.with_suffix(".old")
     folder.rename(old)
     temporary.rename(folder)
+    ours = (
+        "config.json",
+        "preprocessor_config.json",
+        "model*.safetensors",
+        INDEX,
+        *TOKENIZER_FILES,
+    )
+    for entry in old.iterdir():
+        if not (folder / entry.name).exists() and not any(map(entry.match, ours)):
+            entry.rename(folder / entry.name)
     shutil.rmtree(old)
 
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
-
-
-def select_parts(weights: Mapping[str, np.ndarray], config: QLIPConfig) -> dict[str, dict]:
-    """Weights by part: {part: {name: array}}."""
-    table = architecture(config)
-    return {p: {n: weights[n] for n, s in table.items() if s.part == p} for p in PARTS}

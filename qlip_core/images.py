@@ -21,8 +21,9 @@ ImageLike = str | Path | bytes | Image.Image | np.ndarray
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 )
-# Decoded pixels above this are taken for a bomb: 16384 x 16384, a gigabyte with its RGBA copy.
-MAX_PIXELS = 2**28
+# Pillow warns of large images long before it refuses them, and of odd metadata, which does no harm.
+# A filter is the whole process's and images are decoded in many threads: so once, for its modules alone.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -55,24 +56,18 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
 
 def _decode(file: io.IOBase, name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of what MAX_PIXELS judges, and of odd metadata, which does no harm.
-            warnings.simplefilter("ignore")
-            with Image.open(file) as image:  # type: ignore[arg-type]
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(
-                        f"{name}: {width}x{height} pixels, over the limit of {MAX_PIXELS}: "
-                        "a decompression bomb, or shrink it first"
-                    )
-                return to_rgb(image)
+        with Image.open(file) as image:  # type: ignore[arg-type]
+            return to_rgb(image)
     except ImageError:
         raise
     except UnidentifiedImageError:
         empty = file.seek(0, io.SEEK_END) == 0
         raise ImageError(f"{name}: {'empty file' if empty else 'not an image'}") from None
     except Image.DecompressionBombError:
-        raise ImageError(f"{name}: too many pixels, a decompression bomb") from None
+        raise ImageError(
+            f"{name}: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb, or shrink "
+            "it first"
+        ) from None
     except MemoryError:
         raise ImageError(f"{name}: not enough memory to decode it") from None
     except FileNotFoundError:

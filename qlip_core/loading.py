@@ -52,8 +52,9 @@ def pixel_batches(
         positions.append(position)
         batch.append(pixels)
         if len(batch) == batch_size:
-            yield positions, np.stack(batch)
-            positions, batch = [], []
+            stacked, batch = np.stack(batch), []
+            yield positions, stacked
+            positions = []
     if batch:
         yield positions, np.stack(batch)
 

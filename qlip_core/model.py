@@ -446,6 +446,7 @@ class Model:
     def _decoded(
         self, tokens: VisualTokens, batch_size: int, any_model: bool
     ) -> Iterable[tuple[int, np.ndarray]]:
+        check_batch_size(batch_size)
         config = self.config
         if not config.quantizes or (tokens.length, tokens.grid) != (config.code_dim, config.grid):
             bits = f"{config.code_dim} bits" if config.quantizes else "no bits"

@@ -124,8 +124,8 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 def _side(value: Any) -> Any:
     """The one number behind 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
     if isinstance(value, dict):
-        sides = set(value.values())
-        return sides.pop() if len(sides) == 1 else value
+        sides = list(value.values())
+        return sides[0] if sides and all(side == sides[0] for side in sides) else value
     return value
 
 

@@ -162,7 +162,10 @@ def _special_name(folder: Path, kind: str) -> str | None:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
-            value = json.loads(path.read_text(encoding="utf-8")).get(kind)
+            try:
+                value = json.loads(path.read_text(encoding="utf-8")).get(kind)
+            except (OSError, ValueError, AttributeError) as error:
+                raise TextError(f"{path}: not a readable JSON object ({error})") from None
             if isinstance(value, dict):
                 value = value.get("content")
             if isinstance(value, str):

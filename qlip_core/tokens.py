@@ -130,7 +130,7 @@ class VisualTokens:
             if not -len(self) <= key < len(self):
                 raise IndexError(f"image {key} of {len(self)}")
             key = [int(key)]
-        rows = np.arange(len(self))[key]
+        rows = np.arange(len(self))[key if isinstance(key, slice) else np.asarray(key)]
         names = tuple(self.names[i] for i in rows) if self.names else ()
         return replace(self, packed=self.packed[rows], names=names)
 
@@ -191,13 +191,16 @@ class VisualTokens:
         try:
             length = int(meta["length"])
             match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", meta["grid"])
-            assert match is not None
-            grid = int(match[1]), int(match[2])
             names = json.loads(meta.get("names", "[]"))
-            assert isinstance(names, list) and all(isinstance(n, str) for n in names)
-            assert entry is not None and entry.dtype == "U8" and len(entry.shape) == 2
+            if (
+                match is None
+                or not (isinstance(names, list) and all(isinstance(n, str) for n in names))
+                or not (entry is not None and entry.dtype == "U8" and len(entry.shape) == 2)
+            ):
+                raise ValueError
+            grid = int(match[1]), int(match[2])
             packed = file.raw("bits").copy()
             return cls(packed, length, grid, meta.get("model", ""), tuple(names))
-        except (KeyError, ValueError, AssertionError) as error:
+        except (KeyError, ValueError) as error:
             reason = f" ({error})" if str(error) else ""
             raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None

@@ -47,8 +47,9 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ImageError(f"{path}: says nothing of how it was made: not drawn by `qlip generate`")
     try:
         record = json.loads(text, parse_constant=_refuse)
-        assert isinstance(record, dict)
-    except (ValueError, AssertionError, RecursionError):
+        if not isinstance(record, dict):
+            raise ValueError
+    except (ValueError, RecursionError):
         raise ImageError(f"{path}: what it says of how it was made is damaged") from None
     return record
 

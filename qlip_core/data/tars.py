@@ -140,10 +140,13 @@ class _Rejoined:
         self._head, self._stream = head, stream
 
     def read(self, size: int = -1, /) -> bytes:
-        if self._head:
-            head, self._head = self._head[:size], self._head[size:]
-            return head
-        return self._stream.read(size)
+        if not self._head:
+            return self._stream.read(size)
+        if size < 0:
+            head, self._head = self._head, b""
+            return head + self._stream.read(size)
+        head, self._head = self._head[:size], self._head[size:]
+        return head
 
 
 def _members(reader: _Reader) -> Iterator[Member]:

@@ -172,7 +172,8 @@ class Result:
 
     def __post_init__(self) -> None:
         for name, value in self.scores.items():
-            assert value is None or math.isfinite(value), f"{name} is {value}"
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}")
 
     def rows(self) -> list[tuple[str, str]]:
         """(score, its value as text), to be shown as a table."""
@@ -193,7 +194,7 @@ class Result:
         try:
             protocol = Protocol(**values["protocol"])
             return cls(protocol, values["scores"], values["details"], values["failed"])
-        except (KeyError, TypeError, AttributeError, AssertionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise DataError(f"not a result of an evaluation ({error})") from None
 
     @classmethod

@@ -172,7 +172,8 @@ def _grid(
     rows = [
         Row(
             f"{title} PSNR: input, reconstruction",
-            [(*pictures[names[i]], captions[names[i]]) for i in positions],
+            # Of two with one key the first is shown, if it can be read.
+            [(*pictures[n], captions[n]) for n in (names[i] for i in positions) if n in pictures],
         )
         for title, positions in chosen.items()
     ]

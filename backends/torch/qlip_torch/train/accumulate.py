@@ -124,6 +124,8 @@ def _feature_gradients(
     terms = losses.of_features(cached)
     parameters = list(losses.parameters_of_features())
     weighted = {name: term for name, term in terms.items() if name in losses.weights}
+    if not weighted:
+        return _detached(terms), {}
     total = _total(weighted, losses.weights)
     slopes: dict[str, Features] = {}
     if apart:

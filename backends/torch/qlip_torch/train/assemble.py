@@ -15,12 +15,14 @@ from qlip_core.config import QLIPConfig
 from qlip_core.data.emoji import caption_corpus
 from qlip_core.data.vocabulary import train_bpe
 from qlip_core.errors import RecipeError
+from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
 from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.initialise import initialise
 from qlip_torch.train.recipe import Recipe, StageRecipe
+from qlip_torch.train.sources import is_emoji
 
 STAGE_MODEL = "model"
 
@@ -133,9 +135,15 @@ def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
 
 
 def start_from(checkpoint: Checkpoint, origin: str) -> Start:
-    """A beginning from a QLIP checkpoint. Raises RecipeError if it has no tokenizer."""
+    """A beginning from a QLIP checkpoint. Raises RecipeError if it has no tokenizer, or other pixels."""
     if checkpoint.tokenizer is None:
         raise RecipeError(f"{origin}: has no tokenizer files, and training reads captions")
+    found = checkpoint.preprocessing
+    if (found.mean, found.std) != (CLIP_MEAN, CLIP_STD):
+        raise RecipeError(
+            f"{origin}: normalises pixels by mean {found.mean} and deviation {found.std}; training "
+            f"knows CLIP's alone, {CLIP_MEAN} and {CLIP_STD}"
+        )
     return Start(
         checkpoint.config, checkpoint.tensors(), checkpoint.tokenizer, checkpoint.folder, (origin,)
     )
@@ -187,6 +195,8 @@ def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
 
 
 def _held_out(source: Source) -> Source:
-    if source.location == "emoji":
-        return Source("emoji?split=held-out", source.weight)
-    return source
+    if not is_emoji(source.location):
+        return source
+    _, _, query = source.location.partition("?")
+    kept = [option for option in query.split("&") if option and not option.startswith("split=")]
+    return Source("emoji?" + "&".join(["split=held-out", *kept]), source.weight)

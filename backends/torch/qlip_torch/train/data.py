@@ -248,7 +248,6 @@ def make_loader(
         "bad": Tally().to_dict(),
     }
     begin = fresh if old is None else _checked_state(old, fresh, rank)
-    _check_shared_memory(data, batch_size // world_size, image_size)
     if not streams:
         mixture = Mixture(weights, f"{data.seed} mixture")
         feed = IndexedFeed(
@@ -278,6 +277,7 @@ def make_loader(
         workers = min(data.workers, len(lanes))
         parts = max(1, workers)
         begin["lanes"] = {k: v for k, v in begin["lanes"].items() if int(k) in lanes}
+    _check_shared_memory(workers, data.prefetch, batch_size // world_size // parts, image_size)
     return Loader(
         feed,
         workers=workers,
@@ -352,16 +352,16 @@ def _difference(old: dict[str, Any], fresh: dict[str, Any]) -> str:
     return f"{key} {old['data'].get(key)}, now {fresh['data'][key]}"
 
 
-def _check_shared_memory(data: DataConfig, rows: int, size: int) -> None:
-    """Workers hand batches over in shared memory; where it runs out they die of SIGBUS, unexplained."""
+def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> None:
+    """Workers hand `rows` over at a time in shared memory; where it runs out they die of SIGBUS, unexplained."""
     memory = Path("/dev/shm")
-    if not data.workers or sys.platform != "linux" or not memory.is_dir():
+    if not workers or sys.platform != "linux" or not memory.is_dir():
         return
-    need = rows * 3 * size * size * data.workers * (data.prefetch + 1)
+    need = rows * 3 * size * size * workers * (prefetch + 1)
     free = shutil.disk_usage(memory).free
     if need > free:
         raise DataError(
-            f"{data.workers} workers with {data.prefetch} batches each need {need >> 20} MB of "
+            f"{workers} workers with {prefetch} batches each need {need >> 20} MB of "
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
         )

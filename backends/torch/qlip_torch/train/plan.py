@@ -245,7 +245,8 @@ def _one_image(config: QLIPConfig, settings: StageRecipe, half: bool, engine: En
                 ids = torch.zeros(
                     count, config.text_config.max_position_embeddings, dtype=torch.int64
                 )
-                outputs = Stage1Network(model, precision)(pixels, ids, settings.decodes)
+                network = Stage1Network(model, precision, aligns=settings.align > 0)
+                outputs = network(pixels, ids, settings.decodes)
             else:
                 network = Stage2Network(model, precision)
                 outputs = network(*network.encode(pixels), True)

@@ -250,9 +250,10 @@ class Stage1Recipe(StageRecipe):
     @property
     def idle(self) -> tuple[str, ...]:
         """The parts of the model (`qlip_core.architecture.PARTS`) that no loss asks for."""
+        out = () if self.align else ("text",)
         if self.decodes:
-            return ()
-        return ("up", "decoder") if self.bsq else ("down", "up", "decoder")
+            return out
+        return (*out, "up", "decoder") if self.bsq else (*out, "down", "up", "decoder")
 
     @property
     def trained(self) -> tuple[str, ...]:

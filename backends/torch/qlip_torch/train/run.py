@@ -45,6 +45,7 @@ from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.plan import Plan, make_plan, parts_of
 from qlip_torch.train.recipe import Recipe, RecipeFile
 from qlip_torch.train.report import write_report
+from qlip_torch.train.sources import is_emoji
 from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
@@ -54,7 +55,8 @@ from qlip_torch.train.throughput import forward_flops
 from qlip_torch.train.validation import validate_emoji
 
 RECIPE, STAGES, TOKENIZER = "recipe.toml", "stages.txt", "tokenizer"
-# What may change between a run and its continuation: nothing that the losses depend on.
+# What may change between a run and its continuation: nothing that the losses depend on, but for the
+# rounding of another precision or engine.
 _MAY_CHANGE = {"name", "description", "devices", "log", "checkpoints", "engine"}
 _MAY_CHANGE_IN_DATA = {"workers", "prefetch"}
 
@@ -273,7 +275,7 @@ class _Run:
         if not self.world.is_first:
             return None
         found = {}
-        if any(source.location.startswith("emoji") for source in self.recipe.data.sources):
+        if any(is_emoji(source.location) for source in self.recipe.data.sources):
             for number, model in models.items():
                 found[number] = validate_emoji(model, self.world.device)
                 self.say(f"stage {number}:", *(f"  {line}" for line in found[number].lines()))
@@ -321,18 +323,18 @@ class _Run:
         try:
             with stage_loader(self.recipe, stage.recipe, start, self.world, data) as loader:
                 parts = Parts(
-                    self.recipe,
-                    start.config,
-                    self.recipe.checkpoints,
-                    self.recipe.log.pictures,
-                    self.recipe.log.gradients,
-                    start.tokenizer_folder,
-                    stage,
-                    loader,
-                    checkpoints,
-                    self.stop,
-                    metrics,
-                    show,
+                    recipe=self.recipe,
+                    config=start.config,
+                    checkpoint=self.recipe.checkpoints,
+                    pictures=self.recipe.log.pictures,
+                    gradients=self.recipe.log.gradients,
+                    tokenizer_folder=start.tokenizer_folder,
+                    stage=stage,
+                    loader=loader,
+                    checkpoints=checkpoints,
+                    stop=self.stop,
+                    metrics=metrics,
+                    show=show,
                 )
                 train_stage(parts, done, until)
         finally:

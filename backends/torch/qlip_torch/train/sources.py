@@ -67,10 +67,15 @@ class EmojiSource:
         return Rendered(f"emoji-{index}", self._emoji.render(scene), self._emoji.caption(scene))
 
 
+def is_emoji(location: str) -> bool:
+    """Whether the pictures are drawn, and not read from somewhere."""
+    return location == "emoji" or location.startswith("emoji?")
+
+
 def open_training_source(
     location: str, image_size: int, seed: int, limits: Limits
 ) -> IndexedSource | StreamSource:
     """The source behind `location`. Raises DataError if there is none."""
-    if location == "emoji" or location.startswith("emoji?"):
+    if is_emoji(location):
         return EmojiSource.from_location(location, image_size, seed)
     return open_source(location, limits)

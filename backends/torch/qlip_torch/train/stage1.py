@@ -29,9 +29,13 @@ from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage, last_shared_layer
 
 SCALE = "model.logit_scale"
+# From the encoder's class token to an image's embedding, which alignment alone asks for.
+IMAGE_EMBEDDING = ("visual_projection.", "vision_model.post_layernorm.")
 
 
 class Forward(NamedTuple):
+    """Without alignment `image` and `text` are 0; without a decoder the two means are."""
+
     image: Tensor
     """Unit embeddings [B, P]."""
     text: Tensor
@@ -45,31 +49,31 @@ class Forward(NamedTuple):
 class Stage1Network(nn.Module):
     """The model as one forward of this stage, for an engine to wrap."""
 
-    def __init__(self, model: QLIP, precision: Precision) -> None:
+    def __init__(self, model: QLIP, precision: Precision, *, aligns: bool = True) -> None:
         super().__init__()
-        self.model, self.precision = model, precision
+        self.model, self.precision, self._aligns = model, precision, aligns
         self.normalize = Normalizer(precision.device)
 
     def forward(self, pixels: Tensor, ids: Tensor, reconstruct: bool) -> Forward:
-        """Pixels as of `Batch` and ids [B, T]; without `reconstruct` the two means are 0."""
+        """Pixels as of `Batch` and ids [B, T]."""
         model, device = self.model, self.precision.device
         pixels, ids = self.normalize(pixels), ids.to(device, non_blocking=True)
         with self.precision.autocast():
             cls, z = model.encode(pixels)
-            image, text = model.embed_image(cls), model.embed_text(ids)
             with exactly(device):
                 u = model.bottleneck_down(lifted(z))
-                image = F.normalize(lifted(image), dim=-1)
-                text = F.normalize(lifted(text), dim=-1)
+            image = text = nothing = u.new_zeros(())
+            if self._aligns:
+                image, text = model.embed_image(cls), model.embed_text(ids)
+                with exactly(device):
+                    image = F.normalize(lifted(image), dim=-1)
+                    text = F.normalize(lifted(text), dim=-1)
             if not reconstruct:
-                nothing = u.new_zeros(())
                 return Forward(image, text, u, nothing, nothing)
             z_hat = model.bottleneck_up(model.quantize(u))
             pixels_hat = model.decode(z_hat)
             # A decoder of another width has no z of its own to be compared with.
-            commitment = (
-                objectives.commitment(z, z_hat) if z_hat.shape == z.shape else u.new_zeros(())
-            )
+            commitment = objectives.commitment(z, z_hat) if z_hat.shape == z.shape else nothing
             return Forward(image, text, u, objectives.mse(pixels_hat, pixels), commitment)
 
     @torch.no_grad()
@@ -83,7 +87,8 @@ class Stage1Losses:
 
     def __init__(self, network: nn.Module, model: QLIP, recipe: Stage1Recipe, world: World) -> None:
         self.network, self.model, self.world = network, model, world
-        self.weights = {"align": recipe.align}
+        self._aligns = recipe.align > 0
+        self.weights = {"align": recipe.align} if self._aligns else {}
         if recipe.bsq and model.config.quantizes:
             self.weights["bsq"] = recipe.bsq
         self._decodes = recipe.decodes
@@ -91,23 +96,27 @@ class Stage1Losses:
             self.weights |= {"mse": recipe.mse, "commitment": recipe.commitment}
 
     def features(self, inputs: Batch) -> Features:
-        return self.network(inputs.pixels, inputs.ids, False)[:3]
+        return self._cached(self.network(inputs.pixels, inputs.ids, False))
 
     def forward(self, inputs: Batch) -> tuple[Features, Terms]:
         out = self.network(inputs.pixels, inputs.ids, self._decodes)
         terms = {"mse": out[3], "commitment": out[4]} if self._decodes else {}
-        return tuple(out[:3]), terms
+        return self._cached(out), terms
 
     def of_features(self, features: Features) -> Terms:
-        image, text, u = features
-        group = self.world.joins_autograd
-        scale = self.model.logit_scale
-        terms = {"align": objectives.info_nce(image, text, scale, group)}
+        u, *embeddings = features
+        terms: Terms = {}
+        if embeddings:
+            group, scale = self.world.joins_autograd, self.model.logit_scale
+            terms["align"] = objectives.info_nce(*embeddings, scale, group)
         return terms | objectives_of_code(self.model, u, self.world)
 
     def parameters_of_features(self) -> Sequence[nn.Parameter]:
         scale = self.model.logit_scale
         return [scale] if scale.requires_grad else []
+
+    def _cached(self, out: Forward) -> Features:
+        return (out[2], *out[:2]) if self._aligns else (out[2],)
 
 
 def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
@@ -146,6 +155,8 @@ def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
     rates, table = _rates(recipe), architecture(model.config)
     for name, parameter in model.named_parameters():
         asked_for = table[name].part not in recipe.idle
+        if not recipe.align and name.startswith(IMAGE_EMBEDDING):
+            asked_for = False
         parameter.requires_grad_(asked_for and rates[group_of(name)] > 0)
 
 
@@ -165,7 +176,7 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
     precision = Precision.of(engine, world.device)
     model.requires_grad_(True).train()
     freeze(model, recipe)
-    network = Stage1Network(model, precision)
+    network = Stage1Network(model, precision, aligns=recipe.align > 0)
     blocks = model.blocks()
     prepare_blocks(blocks, engine)
     wrapped = spread(
@@ -182,7 +193,7 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
         # InfoNCE uses it outside the wrapped forward, so no engine averages it.
         if model.logit_scale.requires_grad:
             average_gradients([model.logit_scale], world)
-        return Backward(found.terms, found.features[2])
+        return Backward(found.terms, found.features[0])
 
     @torch.no_grad()
     def after(step: int) -> None:

@@ -162,18 +162,18 @@ class _Run:
             with feed.opened():
                 if done < recipe.training.steps:
                     parts = Parts(
-                        recipe,
-                        self.config,
-                        recipe.checkpoints,
-                        recipe.log.pictures,
-                        0,
-                        self.tokenizer.checkpoint.folder,
-                        stage,
-                        feed,
-                        checkpoints,
-                        self.stop,
-                        metrics,
-                        self._pictures(stage),
+                        recipe=recipe,
+                        config=self.config,
+                        checkpoint=recipe.checkpoints,
+                        pictures=recipe.log.pictures,
+                        gradients=0,
+                        tokenizer_folder=self.tokenizer.checkpoint.folder,
+                        stage=stage,
+                        loader=feed,
+                        checkpoints=checkpoints,
+                        stop=self.stop,
+                        metrics=metrics,
+                        show=self._pictures(stage),
                     )
                     train_stage(parts, done, recipe.training.steps)
         finally:
