@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qlip_core.architecture import PARTS, architecture, diff_tensors
-from qlip_core.config import QLIPConfig
+from qlip_core.config import QLIPConfig, settings_of
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import find_model
 from qlip_core.preprocessing import Preprocessing
@@ -81,19 +81,24 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """What tells this tokenizer from any other: 32 hex digits of its config and its weights.
 
-        Covers the visual towers and the bottleneck (what tokens depend on): names, shapes and values, of
-        each large tensor 16 samples, so that it costs milliseconds at any size. Training, which moves all
-        values, changes it; a few values edited by hand need not.
+        Covers what tokens and pictures depend on: the visual towers' settings, their and the bottleneck's
+        names, shapes and values (of each large tensor 16 samples, so that it costs milliseconds at any
+        size), and the normalisation of pixels. Training, which moves all values, changes it; a few values
+        edited by hand need not.
         """
-        return self._digest([part for part in PARTS if part != "text"])
+        config, pixels = self.config, self.preprocessing
+        settings = [settings_of(config.vision_config), settings_of(config.decoder_config)]
+        return self._digest(
+            [part for part in PARTS if part != "text"], [*settings, pixels.mean, pixels.std]
+        )
 
     @cached_property
     def text_fingerprint(self) -> str:
         """The same for the text tower: what a generator that takes its captions from it depends on."""
-        return self._digest(["text"])
+        return self._digest(["text"], [settings_of(self.config.text_config)])
 
-    def _digest(self, parts: list[str]) -> str:
-        digest = hashlib.sha256()
+    def _digest(self, parts: list[str], settings: list[Any]) -> str:
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         for name, spec in sorted(architecture(self.config).items()):
             if spec.part not in parts:
                 continue
@@ -187,7 +192,7 @@ def _sharded(index: Path) -> list[Path]:
         # Names only: an index must not lead out of its folder.
         if not names or not all(isinstance(n, str) and Path(n).name == n for n in names):
             raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{index}: not a readable index of weight files") from None
     for name in names:
         if not (index.parent / name).is_file():

@@ -16,6 +16,9 @@ from typing import Any
 from qlip_core.errors import ConfigError
 from qlip_core.strict import read_json, scalar, unknown_key
 
+# Far over any model's, and checked before every layer's tensors are listed.
+MAX_LAYERS = 1024
+
 # Written by transformers, without a meaning for the model.
 BOOKKEEPING = frozenset(
     {
@@ -316,6 +319,15 @@ class QLIPConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+def settings_of(config: TextConfig | VisionConfig) -> dict[str, Any]:
+    """All settings of a tower, defaults spelled out, in JSON types."""
+    values = dataclasses.asdict(config)
+    quantizer = values.get("quantizer_cfg", {})
+    for found in (values, quantizer):
+        found.pop("written", None)
+    return values
+
+
 # -- strict reading ----------------------------------------------------------------------------
 
 
@@ -355,10 +367,13 @@ def _to_dict(config: Any) -> dict[str, Any]:
             inner = _to_dict(value)
             if inner or spec.name in config.written:
                 out[spec.name] = inner
-        elif value != getattr(defaults, spec.name) or spec.name in config.written:
+        elif spec.name in config.written:
             out[spec.name] = value
-        elif spec.name == "hidden_size_post_q" and value != config.hidden_size:
-            # Absent would be read as hidden_size.
+        elif spec.name == "hidden_size_post_q":
+            # Absent it is read as hidden_size.
+            if value != config.hidden_size:
+                out[spec.name] = value
+        elif value != getattr(defaults, spec.name):
             out[spec.name] = value
     return out
 
@@ -380,6 +395,10 @@ def _check_tower(config: Any, where: str) -> None:
         "layer_norm_eps",
     )
     _one_of(config, where, "hidden_act", ACTIVATIONS)
+    if config.num_hidden_layers > MAX_LAYERS:
+        raise ConfigError(
+            f"{where}: num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}"
+        )
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads (={config.num_attention_heads}) must divide "

@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, name or "array")
     if isinstance(image, Image.Image):
-        return to_rgb(image)
+        return _decoded(lambda: to_rgb(image), name or "PIL image")
     if isinstance(image, bytes):
         return _decode(io.BytesIO(image), name or "image data")
     path = Path(image)
@@ -55,14 +55,23 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
 
 
 def _decode(file: io.IOBase, name: str) -> Image.Image:
-    try:
+    def opened() -> Image.Image:
         with Image.open(file) as image:  # type: ignore[arg-type]
             return to_rgb(image)
-    except ImageError:
-        raise
+
+    try:
+        return _decoded(opened, name)
     except UnidentifiedImageError:
         empty = file.seek(0, io.SEEK_END) == 0
         raise ImageError(f"{name}: {'empty file' if empty else 'not an image'}") from None
+
+
+def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
+    """What `decode` gives, Pillow's many exceptions as ImageError."""
+    try:
+        image = decode()
+    except UnidentifiedImageError:
+        raise
     except Image.DecompressionBombError:
         raise ImageError(
             f"{name}: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb, or shrink "
@@ -77,6 +86,9 @@ def _decode(file: io.IOBase, name: str) -> Image.Image:
         raise ImageError(f"{name}: truncated or damaged image ({error})") from None
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ImageError(f"{name}: damaged image ({type(error).__name__}: {error})") from None
+    if not all(image.size):
+        raise ImageError(f"{name}: an image of {image.width}x{image.height} pixels")
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 from qlip_core import bsq
 from qlip_core.backends import Network, check_dtype, choose_device, get_backend
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
-from qlip_core.errors import QlipError, TextError, TokenFileError
+from qlip_core.errors import CheckpointError, QlipError, TextError, TokenFileError
 from qlip_core.generator.checkpoint import GeneratorCheckpoint
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.generate import Progress, Request, TokenDrawer, merged
@@ -91,9 +91,9 @@ class Model:
 
     # -- images to tokens and back -----------------------------------------------------------
 
-    def preprocess(self, images: Images) -> np.ndarray:
+    def preprocess(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """float32 [B, 3, S, S], normalised: CLIPImageProcessor's preprocessing (SPEC section 2)."""
-        return self._gather(images, lambda pixels: pixels, DEFAULT_BATCH, self._pixel_shape)
+        return self._gather(images, lambda pixels: pixels, batch_size, self._pixel_shape)
 
     def latents(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> np.ndarray:
         """float32 [B, N, L]: the unit vectors u before the sign (SPEC 1.3)."""
@@ -239,8 +239,16 @@ class Model:
 
     @property
     def logit_scale(self) -> np.float32:
-        """exp of the stored logit_scale: what cosines are multiplied by."""
-        return np.exp(np.float32(self.checkpoint.tensor("logit_scale")))
+        """exp of the stored logit_scale: what cosines are multiplied by. Raises CheckpointError where that
+        is no finite number."""
+        stored = np.float32(self.checkpoint.tensor("logit_scale"))
+        with np.errstate(over="ignore"):
+            scale = np.exp(stored)
+        if not np.isfinite(scale):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: logit_scale is {stored}, whose exponential is no float32"
+            )
+        return scale
 
     def hidden_states(
         self, images: Images, layer: int = -2, *, batch_size: int = DEFAULT_BATCH

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Preprocessing:
             values = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("not a JSON object")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not a readable JSON file ({error})") from None
         expected = {
             "size": size,
@@ -136,7 +137,7 @@ def _triple(
     good = (
         isinstance(value, list)
         and len(value) == 3
-        and all(isinstance(v, int | float) for v in value)
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in value)
     )
     if not good or (key == "image_std" and not all(v > 0 for v in value)):
         raise ConfigError(f"{path}: {key} must be three numbers, got {value!r}")

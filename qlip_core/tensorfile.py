@@ -32,6 +32,14 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+    # Never computed with; a file may hold such tensors besides.
+    "I8": np.dtype("i1"),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "U32": np.dtype("<u4"),
+    "U64": np.dtype("<u8"),
+    "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER = 100 * 2**20

@@ -164,7 +164,7 @@ def _special_name(folder: Path, kind: str) -> str | None:
         if path.is_file():
             try:
                 value = json.loads(path.read_text(encoding="utf-8")).get(kind)
-            except (OSError, ValueError, AttributeError) as error:
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise TextError(f"{path}: not a readable JSON object ({error})") from None
             if isinstance(value, dict):
                 value = value.get("content")

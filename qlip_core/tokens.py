@@ -99,6 +99,9 @@ class VisualTokens:
             tuple(name for part in parts for name in part.names) if named else (),
         )
 
+    def __add__(self, other: VisualTokens) -> VisualTokens:
+        return VisualTokens.concatenate([self, other])
+
     # -- seen as -----------------------------------------------------------------------------
 
     @property
@@ -200,7 +203,10 @@ class VisualTokens:
                 raise ValueError
             grid = int(match[1]), int(match[2])
             packed = file.raw("bits").copy()
-            return cls(packed, length, grid, meta.get("model", ""), tuple(names))
-        except (KeyError, ValueError) as error:
+            tokens = cls(packed, length, grid, meta.get("model", ""), tuple(names))
+            if padding := -tokens.num_patches * length % 8:
+                packed[:, -1] &= 0xFF << padding & 0xFF  # compared, and written, as zeros
+            return tokens
+        except (KeyError, ValueError, RecursionError) as error:
             reason = f" ({error})" if str(error) else ""
             raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None

@@ -25,7 +25,9 @@ _BAR = 36
 
 def print_json(document: Any) -> None:
     """One JSON document, the only thing on stdout."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    # What a terminal cannot show is escaped as JSON has it.
+    ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
+    print(json.dumps(document, indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
 
 def print_line(text: str) -> None:
