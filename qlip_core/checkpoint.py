@@ -212,12 +212,13 @@ def save_checkpoint(
     tokenizer_from: str | Path | None = None,
     preprocessing: Preprocessing | None = None,
     card: str | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
     """Write a checkpoint folder in the published layout, whole or not at all.
 
     `weights` float32 by published name, all of them; `dtype` how they are stored (float32, float16,
     bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
-    front matter states the licence. In an existing folder the model is replaced, and what else is there
+    front matter states the licence; `beside` other text files by name. In an existing folder the model is replaced, and what else is there
     stays. Raises CheckpointError if the
     weights do not fit the config or are not finite.
     """
@@ -241,8 +242,9 @@ def save_checkpoint(
             source = Path(tokenizer_from or "") / name
             if source.is_file():
                 shutil.copyfile(source, temporary / name)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        texts = {**(beside or {}), **({} if card is None else {"README.md": card})}
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -17,10 +17,6 @@ GROUP = "qlip.trainers"
 class Trainer(Protocol):
     """Training by recipe: names of shipped ones or paths, changed by "key=value"."""
 
-    def recipes(self) -> list[str]:
-        """Names of the shipped recipes of tokenizers."""
-        ...
-
     def train(
         self,
         recipe: str | None,

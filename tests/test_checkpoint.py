@@ -187,6 +187,78 @@ def test_config_errors_name_the_file(copy: Path) -> None:
         qlip.open_checkpoint(copy)
 
 
+def test_writing_over_a_folder_leaves_what_is_not_the_models(
+    official: Path, tmp_path: Path
+) -> None:
+    checkpoint = qlip.open_checkpoint(official)
+    out = tmp_path / "out"
+    (out / "generator").mkdir(parents=True)
+    for name in (
+        "notes.txt",
+        "generator/config.json",
+        "model-00001-of-00002.safetensors",
+        "vocab.json",
+    ):
+        (out / name).write_text("old")
+    weights = checkpoint.tensors()
+    qlip.save_checkpoint(out, checkpoint.config, weights, beside={"recipe.toml": "a = 1\n"})
+    assert (out / "notes.txt").read_text() == (out / "generator/config.json").read_text() == "old"
+    assert (out / "recipe.toml").read_text() == "a = 1\n"
+    # Parts of an older model would be read as the new one's.
+    assert not list(out.glob("model-*")) and not (out / "vocab.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert qlip.open_checkpoint(out).fingerprint == checkpoint.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("tower", "key", "value"),
+    [
+        ("vision_config", "num_attention_heads", 2),
+        ("vision_config", "rope", False),
+        ("vision_config", "layer_norm_eps", 1e-3),
+        ("decoder_config", "layer_norm_eps", 1e-3),
+    ],
+)
+def test_a_fingerprint_covers_settings_that_have_no_tensor(
+    official: Path, tmp_path: Path, tower: str, key: str, value: object
+) -> None:
+    copy = shutil.copytree(official, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    assert values[tower].get(key) != value
+    values[tower][key] = value
+    (copy / "config.json").write_text(json.dumps(values))
+    before, after = qlip.open_checkpoint(official), qlip.open_checkpoint(copy)
+    assert before.fingerprint != after.fingerprint
+    assert before.text_fingerprint == after.text_fingerprint
+
+
+def test_a_fingerprint_covers_the_normalisation_of_pixels(official: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(official, tmp_path / "copy")
+    values = json.loads((copy / "preprocessor_config.json").read_text())
+    values["image_mean"] = [0.5, 0.5, 0.5]
+    (copy / "preprocessor_config.json").write_text(json.dumps(values))
+    assert qlip.open_checkpoint(official).fingerprint != qlip.open_checkpoint(copy).fingerprint
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"projection_dim": ' + "9" * 5000 + "}"])
+def test_json_that_python_cannot_read_is_named(
+    official: Path, tmp_path: Path, content: str
+) -> None:
+    copy = shutil.copytree(official, tmp_path / "copy")
+    (copy / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"config\.json: not a readable JSON"):
+        qlip.open_checkpoint(copy)
+
+
+def test_layers_are_counted_before_they_are_listed(official: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(official, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    values["text_config"]["num_hidden_layers"] = 10**9
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="is over 1024"):
+        qlip.open_checkpoint(copy)
+
+
 def test_refuses_to_write_what_it_would_not_read(official: Path, tmp_path: Path) -> None:
     checkpoint = qlip.open_checkpoint(official)
     weights = checkpoint.tensors()

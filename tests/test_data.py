@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -26,10 +27,11 @@ import pytest
 import torch
 from PIL import Image
 
-from qlip_core.data import locations
+from qlip_core.data import locations, parquet
 from qlip_core.data.check import check
 from qlip_core.data.draws import Draws
 from qlip_core.data.emoji import CLASS_NAMES_100, all_glyphs
+from qlip_core.data.parquet import ParquetSource
 from qlip_core.data.samples import Bad, Limits, Sample
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source, write_tar
 from qlip_core.data.tars import split_name, tar_samples
@@ -457,6 +459,38 @@ def test_evaluation_needs_no_captions_and_reads_labels(tmp_path):
         open_source(str(tmp_path / "p.parquet"))  # training does need them
 
 
+def test_parquet_is_read_on_where_a_connection_broke(tmp_path, monkeypatch):
+    """Nothing lost, nothing doubled, in any part."""
+    import fsspec
+
+    monkeypatch.setattr("qlip_core.data.locations._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("qlip_core.data.parquet._ROWS_AT_ONCE", 2)
+    path = make_parquet(tmp_path / "p.parquet", 10)
+    items = list(iter_samples(open_source(path)))
+    enter, broken = parquet._File.__enter__, []
+
+    def breaking(self):
+        file = enter(self)
+        batches = file.iter_batches
+
+        def some(*args, **kwargs):
+            for number, batch in enumerate(batches(*args, **kwargs)):
+                if number == 1 and len(broken) < 2:
+                    broken.append(number)
+                    raise OSError("connection reset")
+                yield batch
+
+        return types.SimpleNamespace(iter_batches=some)
+
+    fsspec.filesystem("memory").pipe("/p.parquet", Path(path).read_bytes())
+    source = open_source("memory://p.parquet")
+    assert isinstance(source, ParquetSource)
+    monkeypatch.setattr(parquet._File, "__enter__", breaking)
+    got = [list(source.read_shard(0, part=p, parts=2)) for p in (0, 1)]
+    assert len(broken) == 2
+    assert got == [[(0, items[0]), (2, items[2])], [(1, items[1]), (3, items[3])]]
+
+
 def test_parquet_faults_are_named(tmp_path):
     (tmp_path / "no.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
     with pytest.raises(DataError, match=r"no\.parquet: not a readable parquet file"):
@@ -520,7 +554,7 @@ def server(tmp_path):
 
 
 def test_http_source_equals_the_local_one(server, monkeypatch):
-    monkeypatch.setattr("qlip_core.data.shards._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("qlip_core.data.locations._FIRST_PAUSE", 0.0)
     address, folder, faults = server
     make_shards(folder, 3, 5)
     local = list(iter_samples(open_source(str(folder))))
@@ -534,7 +568,7 @@ def test_http_source_equals_the_local_one(server, monkeypatch):
 
 
 def test_http_faults_are_named(server, monkeypatch):
-    monkeypatch.setattr("qlip_core.data.shards._FIRST_PAUSE", 0.0)
+    monkeypatch.setattr("qlip_core.data.locations._FIRST_PAUSE", 0.0)
     address, folder, _ = server
     make_shards(folder, 1, 2)
     with pytest.raises(DataError, match=r"009\.tar: cannot be read \(HTTP Error 404"):

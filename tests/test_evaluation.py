@@ -15,6 +15,7 @@ from PIL import Image
 
 import qlip_core as qlip
 from qlip_core.data.samples import Tally
+from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, QlipError
 from qlip_core.evaluation import (
     Example,
@@ -262,6 +263,20 @@ def test_reconstruction_scores(model: qlip.Model) -> None:
     shown = result.grid[16 : 16 + 128 : 2, 0:128:2]
     best = int(np.argmax(psnr(before, after)))
     np.testing.assert_array_equal(shown, images[best])
+
+
+def test_one_image_has_no_distance_and_keys_may_come_twice(
+    model: qlip.Model, tmp_path: Path
+) -> None:
+    one = evaluate_reconstruction(
+        model, ExampleList.of_images(pictures(1)), inception=Corners(), shown=1
+    )
+    assert one.scores["rFID"] is None and one.scores["PSNR"] is not None
+    a, b = (png(image) for image in pictures(2))
+    write_tar(tmp_path / "a.tar", [("x", {"png": b"not a picture"}), ("y", {"png": a})])
+    write_tar(tmp_path / "b.tar", [("x", {"png": b})])
+    twice = evaluate_reconstruction(model, StoredExamples(str(tmp_path)), shown=2)
+    assert twice.protocol.count == 2 and twice.grid is not None
 
 
 def test_reconstruction_without_a_quantizer_and_of_broken_images(tmp_path: Path) -> None:

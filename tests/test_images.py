@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +125,27 @@ def test_files_that_are_no_images(tmp_path: Path) -> None:
         open_image(tmp_path / "absent.png")
     with pytest.raises(ImageError, match="is a folder"):
         open_image(tmp_path)
+
+
+def test_pil_images_that_cannot_be_taken(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = saved(Image.fromarray(noise), "JPEG")
+    with pytest.raises(ImageError, match=r"PIL image: truncated or damaged"):
+        open_image(Image.open(io.BytesIO(data[: len(data) // 2])))
+    with pytest.raises(ImageError, match="an image of 0x5 pixels"):
+        open_image(Image.new("RGB", (0, 5)), "none")
+    closed = Image.open(io.BytesIO(data))
+    closed.close()
+    with pytest.raises(ImageError, match="PIL image"):
+        open_image(closed)
+
+
+def test_threads_that_decode_leave_the_process_its_warnings() -> None:
+    data = [saved(Image.new("RGB", (8, 8), (i, 0, 0)), "PNG") for i in range(200)]
+    before = list(warnings.filters)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(open_image, data))
+    assert list(warnings.filters) == before
 
 
 def test_finding_images_in_a_folder(tmp_path: Path) -> None:

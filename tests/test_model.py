@@ -74,6 +74,19 @@ def test_batches_do_not_change_the_result(model: Model, pictures: list[Path]) ->
         model.encode(pictures, batch_size=0)
 
 
+def test_batches_of_no_images_are_refused(model: Model, pictures: list[Path]) -> None:
+    tokens = model.encode(pictures)
+    for size in (0, -1):
+        for call in (
+            lambda: model.encode(pictures, batch_size=size),  # noqa: B023
+            lambda: model.preprocess(pictures, batch_size=size),  # noqa: B023
+            lambda: model.decode(tokens, batch_size=size),  # noqa: B023
+            lambda: model.decode_pixels(tokens, batch_size=size),  # noqa: B023
+        ):
+            with pytest.raises(ValueError, match="must be at least 1"):
+                call()
+
+
 def test_decoding_is_the_decoder_in_bytes(model: Model, pictures: list[Path]) -> None:
     tokens = model.encode(pictures)
     images = model.decode(tokens)

@@ -22,8 +22,6 @@ from qlip_core.errors import CheckpointError, RecipeError
 from qlip_torch.train.ema import Ema
 from qlip_torch.train.optimizers import (
     Lamb,
-    NonFiniteError,
-    check_finite,
     cosine_warmup,
     group_of,
     parameter_groups,
@@ -250,16 +248,6 @@ def test_ema_does_not_alias_float32_weights():
     assert torch.equal(ema.shadow["weight"], before)
 
 
-def test_check_finite_names_every_bad_term():
-    good = torch.tensor(1.0, requires_grad=True)
-    check_finite({"mse": good, "align": torch.tensor(0.0).bfloat16()})
-    check_finite({})
-    bad = {"mse": good, "bsq": good * math.nan, "align": torch.tensor([1.0, math.inf])}
-    with pytest.raises(NonFiniteError, match="loss term bsq, align is not finite at step 7") as e:
-        check_finite(bad, step=7)
-    assert e.value.terms == ("bsq", "align")
-
-
 # --- FLOPs, rates, memory ------------------------------------------------------------------------
 
 
@@ -310,9 +298,7 @@ def test_forward_flops_of_b16_by_hand():
 def test_measured_rate_and_memory_have_their_units():
     rate = matmul_rate("cpu", torch.float32, size=128, seconds=0.02)
     assert 1e7 < rate < 1e14
-    memory = peak_memory("cpu")
-    assert memory.kind == "rss"
-    assert 5e7 < memory.peak < 1e12
+    assert 5e7 < peak_memory("cpu") < 1e12
 
 
 # --- two processes: sharded equals whole -----------------------------------------------------------

@@ -117,6 +117,16 @@ def test_absent_and_damaged_files(tokenizer_folder: Path, tmp_path: Path) -> Non
         Tokenizer.from_folder(tmp_path, CONFIG)
 
 
+@pytest.mark.parametrize("content", ["{,", "[1]", "[" * 100_000])
+def test_a_damaged_map_of_special_tokens_is_named(
+    tokenizer_folder: Path, tmp_path: Path, content: str
+) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "copy")
+    (folder / "special_tokens_map.json").write_text(content)
+    with pytest.raises(TextError, match=r"special_tokens_map\.json: not a readable JSON object"):
+        Tokenizer.from_folder(folder, CONFIG)
+
+
 def test_wrong_texts_and_ids(tokenizer: Tokenizer) -> None:
     with pytest.raises(TextError, match="expected a string, got int"):
         tokenizer([3])  # type: ignore[list-item]

@@ -475,6 +475,10 @@ def test_bad_samples_are_left_out_counted_and_named(
     named = ran.json["skipped"]["named"]
     assert [line.split(": ")[1] for line in sorted(named)] == ["cut", "text", "wordless"]
     assert ran.err.startswith("3 of 8 samples left out (broken image: 2, no caption: 1):\n")
+    captioned = cli("tokenize", "s.tar", "-o", "all", "--no-captions", "--json")
+    assert captioned.json["images"] == 6
+    kept = TokenShards("all", model.fingerprint)
+    assert dict(zip(kept.keys(slice(None)), kept.captions(slice(None))))["wordless"] == ""
     shards = TokenShards("out", model.fingerprint)
     assert shards.keys(slice(None)) == [f"schlüssel/{n:03d}" for n in (0, 1, 2, 6, 7)]
     assert shards.skipped == ran.json["skipped"]

@@ -68,6 +68,23 @@ def test_bits_by_hand() -> None:
     assert tokens.packed.tolist() == [[0b10110001, 0b11110000]]
 
 
+def test_any_sequence_of_numbers_picks_images() -> None:
+    tokens = VisualTokens.from_bits(np.eye(4, dtype=np.uint8).reshape(2, 2, 4), (1, 2))
+    for key in ([1, 0], (1, 0), np.array([1, 0])):
+        assert tokens[key] == tokens[1] + tokens[0]
+
+
+def test_padding_bits_do_not_count(tmp_path: Path) -> None:
+    """A writer that left something in them wrote the same codes."""
+    tokens = VisualTokens.from_bits(np.ones((1, 5, 3), np.uint8), (1, 5))
+    tokens.save(tmp_path / "a.qlip")
+    with safe_open(tmp_path / "a.qlip", "np") as file:
+        packed, metadata = file.get_tensor("bits"), file.metadata()
+    assert packed.tolist() == [[255, 254]]
+    save_file({"bits": packed | 1}, tmp_path / "b.qlip", metadata)
+    assert VisualTokens.load(tmp_path / "b.qlip") == tokens
+
+
 def test_indices_of_28_bits_are_exact() -> None:
     index = 2**28 - 7  # a float32 rounds it to 2^28 - 16 or 2^28
     tokens = VisualTokens.from_indices(np.array([[index]]), 28, (1, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -23,8 +24,10 @@ from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, RecipeError
 from qlip_torch.model import QLIP
 from qlip_torch.train.accumulate import accumulated_backward
+from qlip_torch.train.assemble import held_out
 from qlip_torch.train.balance import balance
 from qlip_torch.train.checkpoints import Checkpoints, latest_checkpoint
+from qlip_torch.train.data import Source
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.metrics import read_metrics
@@ -241,6 +244,8 @@ def test_export_is_the_newest_model(whole_run: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(stored.tensor(name), values, rtol=2**-8, atol=1e-30)
     with pytest.raises(CheckpointError, match="no checkpoint"):
         export(tmp_path, tmp_path / "other")
+    # What it was trained by comes along.
+    assert Recipe.from_file(exported / "recipe.toml") == Recipe.from_file(whole_run / "recipe.toml")
 
 
 LOCKED = {
@@ -273,6 +278,56 @@ def test_the_text_tower_alone_can_learn_on(place: Path, whole_run: Path, tmp_pat
 def test_a_random_encoder_is_not_frozen(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="encoder would stay random"):
         run(place, tmp_path, **LOCKED)
+
+
+def test_without_alignment_the_text_side_is_left_alone(place: Path, tmp_path: Path) -> None:
+    """As the probe of `qlip train balance` for reconstruction: not run, not decayed, not reported."""
+    recipe = recipe_of(place, stage1__align=0.0)
+    run(place, tmp_path / "out", stage1__align=0.0, stage1__steps=3, stage1__micro_batch=4)
+    assert set(curve(tmp_path / "out")[0][1]) == {
+        "mse", "commitment", "bsq", "per_sample_entropy", "codebook_entropy",
+    }  # fmt: skip
+    made = open_checkpoint(tmp_path / "out" / "stage1" / "model")
+    first = init_weights(made.config, recipe.seed)
+    aligning = ("logit_scale", "visual_projection.", "vision_model.post_layernorm.")
+    for name, spec in architecture(made.config).items():
+        idle = spec.part == "text" or name.startswith(aligning)
+        assert np.array_equal(made.tensor(name), first[name]) == idle, name
+    plan = make_plan(recipe, made.config, 1, torch.device("cpu"), 1)
+    whole = make_plan(recipe_of(place), made.config, 1, torch.device("cpu"), 1)
+    assert plan.flops < whole.flops and plan.trained < whole.trained
+
+
+def test_reconstruction_alone_accumulates_without_any_loss_of_features(
+    place: Path, tmp_path: Path
+) -> None:
+    alone = {"stage1__align": 0.0, "stage1__bsq": 0.0, "stage1__steps": 3}
+    run(place, tmp_path / "whole", **alone)
+    run(place, tmp_path / "parts", **alone, stage1__micro_batch=2)
+    for (_, whole, norm), (_, parts, other) in zip(
+        curve(tmp_path / "whole"), curve(tmp_path / "parts")
+    ):
+        assert parts == pytest.approx(whole, rel=1e-4) and other == pytest.approx(norm, rel=1e-3)
+
+
+def test_a_checkpoint_that_normalises_otherwise_is_refused(
+    place: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(whole_run / "stage2" / "model", tmp_path / "other")
+    processor = json.loads((other / "preprocessor_config.json").read_text())
+    processor["image_mean"] = [0.5, 0.5, 0.5]
+    (other / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(RecipeError, match=r"normalises pixels by mean \(0\.5, 0\.5, 0\.5\)"):
+        run(place, tmp_path / "out", start__checkpoint=str(other))
+
+
+def test_pictures_to_watch_are_held_out_whatever_is_drawn() -> None:
+    watched = {
+        "emoji": "emoji?split=held-out",
+        "emoji?plain=true&split=train": "emoji?split=held-out&plain=true",
+        "emoji-photos/": "emoji-photos/",
+    }
+    assert {location: held_out(Source(location)).location for location in watched} == watched
 
 
 def test_a_plan_counts_what_is_trained(place: Path) -> None:
@@ -571,7 +626,6 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
         ("model.preset=qlip-c", r"model\.preset 'qlip-c': there are"),
         ("model.patch_size=7", r"model\.patch_size \(=7\) must divide"),
         ("stage2.learning_rate.text=1e-4", r"stage2\.learning_rate\.encoder and \.text must be 0"),
-        ("stage2.lpips=0.1", r"stage2\.lpips is not 0 and perceptual names no weights"),
         ("data.workers=-1", r"data\.workers \(=-1\) must be at least 0"),
         ("stage1", r"expected key=value"),
     ],
@@ -579,6 +633,14 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
 def test_a_wrong_recipe_says_what_and_where(place: Path, change: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         recipe_of(place).changed([change])
+
+
+def test_stage_2_alone_needs_to_know_its_weights(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path / "out", stage2__lpips=0.1, stage1__steps=1)
+    with pytest.raises(
+        RecipeError, match=r"stage2\.lpips is not 0 and stage2\.perceptual names no"
+    ):
+        run(place, tmp_path / "other", stage="all", stage2__lpips=0.1)
 
 
 def test_changes_reach_every_level(place: Path) -> None:

@@ -303,6 +303,8 @@ def test_an_exported_generator_draws(place: Path, tmp_path: Path) -> None:
         qlip.load(place / "other", generator=folder)
     again = export(tmp_path / "run", tmp_path / "out")
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert GeneratorRecipe.from_file(again / "recipe.toml") == recipe_of(place)
+    assert model.fingerprint in (again / "README.md").read_text()
 
 
 def test_a_run_continues_from_the_weights_of_another(place: Path, tmp_path: Path) -> None:

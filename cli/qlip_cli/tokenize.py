@@ -33,6 +33,10 @@ def tokenize(
     output: Annotated[
         Path, options.output("Folder for the token shards, one for each input shard.")
     ],
+    no_captions: Annotated[
+        bool,
+        typer.Option("--no-captions", help="Take pictures without a caption too: theirs is empty."),
+    ] = False,
     augmentation: Annotated[
         str,
         typer.Option(metavar="NAME", help="none, or flip: also the mirror image of each picture."),
@@ -83,10 +87,10 @@ def tokenize(
     own_rank, processes = place(rank, world_size, os.environ)
     check_out(output)
 
-    from qlip_core.data.shards import open_source
+    from qlip_core.data.shards import Limits, open_source
     from qlip_core.data.tokenizing import tokenize as tokenize_set
 
-    source = open_source(shards)
+    source = open_source(shards, Limits(caption=not no_captions))
     network = options.load_model(model, revision, backend, own_device(backend, device), dtype)
     start = time.perf_counter()
     with progress("tokenizing", None) as advance:

@@ -11,6 +11,7 @@ import glob
 import http.client
 import itertools
 import re
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ _GLOB = re.compile(r"[*?\[]")
 _WEBDATASET = frozenset({"pipe", "sftp", "ftps", "scp", "gs", "htgs", "hf", "ais"})
 _HTTP = frozenset({"http", "https"})
 _TIMEOUT = 60.0
+# A connection that breaks is tried again, and read on from the sample where it broke.
+RETRIES = 4
+_FIRST_PAUSE = 0.5
 MAX_FILES = 1_000_000
 
 
@@ -102,6 +106,16 @@ def _choices(inside: str, text: str) -> list[str]:
     width = max(len(first), len(last)) if padded else 0
     step = 1 if int(first) <= int(last) else -1
     return [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
+
+
+def wait_to_retry(address: str, failures: int, error: OSError) -> None:
+    """After so many failures in a row to read `address`: wait, longer each time, to try it again.
+
+    Raises DataError for a local file, or when it has failed too often.
+    """
+    if not scheme(address) or failures > RETRIES:
+        raise DataError(f"{address}: cannot be read ({error})") from None
+    time.sleep(_FIRST_PAUSE * 2 ** (failures - 1))
 
 
 @contextmanager
@@ -191,7 +205,7 @@ def _webdataset_open(address: str) -> Any:
     try:
         from webdataset.gopen import gopen
     except ImportError:
-        raise DataError(f"{address}: needs webdataset; pip install 'qlip[train]'") from None
+        raise DataError(f"{address}: needs webdataset; pip install 'qlip[data]'") from None
     try:
         return gopen(address, "rb")
     except ImportError as error:
@@ -202,7 +216,7 @@ def _fsspec_open(address: str) -> Any:
     try:
         import fsspec
     except ImportError:
-        raise DataError(f"{address}: needs fsspec; pip install 'qlip[train]'") from None
+        raise DataError(f"{address}: needs fsspec; pip install 'qlip[data]'") from None
     try:
         return fsspec.open(address, "rb")
     except (ImportError, ValueError) as error:
@@ -213,7 +227,7 @@ def _remote_glob(address: str) -> list[str]:
     try:
         from fsspec.core import url_to_fs
     except ImportError:
-        raise DataError(f"{address}: needs fsspec; pip install 'qlip[train]'") from None
+        raise DataError(f"{address}: needs fsspec; pip install 'qlip[data]'") from None
     try:
         system, path = url_to_fs(address)
         found = sorted(str(system.unstrip_protocol(name)) for name in system.glob(path))

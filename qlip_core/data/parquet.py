@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlip_core.data.locations import local_path, scheme
+from qlip_core.data.locations import local_path, scheme, wait_to_retry
 from qlip_core.data.samples import BROKEN_ARCHIVE, TOO_LARGE, Bad, Limits, Sample, make_sample
 from qlip_core.errors import DataError
 
@@ -67,23 +67,32 @@ class ParquetSource:
         image = f"{columns.image}.bytes" if columns.nested else columns.image
         wanted = [name for name in (image, columns.caption, columns.label) if name]
         stem = PurePosixPath(name).stem
-        row = 0
-        try:
-            with _File(name) as file:
-                for batch in file.iter_batches(
-                    _ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
-                ):
-                    for offset in range(batch.num_rows):
-                        if row >= skip and row % parts == part:
-                            key = f"{stem}-{first + row:08d}"
-                            yield row, self._sample(batch, offset, columns, key, name)
-                        row += 1
-        except (OSError, ValueError) as error:  # what pyarrow raises derives from these
-            if isinstance(error, DataError):
-                raise
-            if row >= skip and row % parts == part:
-                key = f"{stem}-{first + row:08d}"
-                yield row, Bad(key, name, BROKEN_ARCHIVE, str(error).split("\n", 1)[0])
+        failures = 0
+        while True:
+            row = 0
+            try:
+                with _File(name) as file:
+                    for batch in file.iter_batches(
+                        _ROWS_AT_ONCE, row_groups=[group], columns=wanted, use_threads=False
+                    ):
+                        for offset in range(batch.num_rows):
+                            if row >= skip and row % parts == part:
+                                key = f"{stem}-{first + row:08d}"
+                                yield row, self._sample(batch, offset, columns, key, name)
+                                skip, failures = row + 1, 0
+                            row += 1
+                return
+            except (OSError, ValueError) as error:  # what pyarrow raises derives from these
+                if isinstance(error, DataError):
+                    raise
+                if isinstance(error, OSError) and scheme(name):
+                    failures += 1
+                    wait_to_retry(name, failures, error)
+                    continue
+                if row >= skip and row % parts == part:
+                    key = f"{stem}-{first + row:08d}"
+                    yield row, Bad(key, name, BROKEN_ARCHIVE, str(error).split("\n", 1)[0])
+                return
 
     def _sample(self, batch: Any, row: int, columns: _Columns, key: str, name: str) -> Sample | Bad:
         image = batch.column(columns.image)[row]
@@ -119,13 +128,13 @@ class _File:
             import pyarrow
             import pyarrow.parquet as pq
         except ImportError:
-            raise DataError(f"{self._name}: needs pyarrow; pip install 'qlip[train]'") from None
+            raise DataError(f"{self._name}: needs pyarrow; pip install 'qlip[data]'") from None
         source: Any = str(local_path(self._name))
         if scheme(self._name):
             try:
                 import fsspec
             except ImportError:
-                raise DataError(f"{self._name}: needs fsspec; pip install 'qlip[train]'") from None
+                raise DataError(f"{self._name}: needs fsspec; pip install 'qlip[data]'") from None
             try:
                 opener: Any = fsspec.open(self._name, "rb")
                 source = opener.open()

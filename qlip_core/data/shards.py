@@ -11,12 +11,11 @@ one fixed address, and what is bad is yielded in its place as a `Bad`, never rai
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlip_core.data.locations import expand, local_path, opened, scheme
+from qlip_core.data.locations import expand, local_path, opened, scheme, wait_to_retry
 from qlip_core.data.parquet import ParquetSource
 from qlip_core.data.samples import TOO_LARGE, UNREADABLE, Bad, Limits, Sample, Tally, make_sample
 from qlip_core.data.tars import tar_samples, write_tar
@@ -35,10 +34,6 @@ __all__ = [
     "open_source",
     "write_tar",
 ]
-
-# A connection that breaks is tried again, and read on from the sample where it broke.
-RETRIES = 4
-_FIRST_PAUSE = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,9 +66,7 @@ class TarSource:
                 return
             except OSError as error:
                 failures += 1
-                if not scheme(address) or failures > RETRIES:
-                    raise DataError(f"{address}: cannot be read ({error})") from None
-                time.sleep(_FIRST_PAUSE * 2 ** (failures - 1))
+                wait_to_retry(address, failures, error)
 
 
 @dataclass(frozen=True)
@@ -130,6 +123,8 @@ def open_source(location: str, limits: Limits | None = None) -> AnySource:
     DataError where there is nothing, or nothing of the kind.
     """
     limits = limits or Limits()
+    if not location:
+        raise DataError("the location of the data is empty")
     addresses = expand(location)
     folders = [a for a in addresses if not scheme(a) and local_path(a).is_dir()]
     if folders:

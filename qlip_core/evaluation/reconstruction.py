@@ -104,8 +104,12 @@ def evaluate_reconstruction(
         scores["LPIPS"] = float(np.concatenate(distances).mean())
         metrics["LPIPS"] = lpips.protocol
     if inception is not None:
-        distance = frechet_distance(before_stats.gaussian(), after_stats.gaussian())
-        scores["rFID"] = distance
+        # Of one image there is no covariance.
+        scores["rFID"] = (
+            frechet_distance(before_stats.gaussian(), after_stats.gaussian())
+            if len(names) > 1
+            else None
+        )
         metrics["rFID"] = inception.protocol
     details: dict[str, Any] = {
         "images": [

@@ -85,10 +85,12 @@ def save_generator(
     weights: Mapping[str, np.ndarray],
     *,
     dtype: str = "float32",
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write a generator's folder, whole or not at all; an existing one is replaced.
+    """Write a generator's folder, whole or not at all; in an existing one the generator is replaced.
 
-    `weights` float32 by name, all of them; `dtype` how they are stored (float32, float16, bfloat16).
+    `weights` float32 by name, all of them; `dtype` how they are stored (float32, float16, bfloat16);
+    `beside` other text files by name.
     Raises CheckpointError if they do not fit the config or are not finite.
     """
     folder = Path(folder)
@@ -103,7 +105,8 @@ def save_generator(
     try:
         ordered = {name: weights[name] for name in architecture(config)}
         write_tensors(temporary / WEIGHTS, ordered, dtype=dtype, metadata={"format": "pt"})
-        (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
+        for name, text in {**(beside or {}), "config.json": config.to_json()}.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -178,7 +178,7 @@ def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
     """The pictures a run is watched by, uint8 [count, 3, S, S]: held out where the source is the emoji set."""
     quiet = dataclasses.replace(
         data,
-        sources=tuple(_held_out(source) for source in data.sources),
+        sources=tuple(held_out(source) for source in data.sources),
         workers=0,
         streams=1,
         shuffle_buffer=count,
@@ -194,7 +194,8 @@ def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
         return next(loader).pixels
 
 
-def _held_out(source: Source) -> Source:
+def held_out(source: Source) -> Source:
+    """The same source, but where it draws emoji pictures: then those that training never sees."""
     if not is_emoji(source.location):
         return source
     _, _, query = source.location.partition("?")

@@ -16,7 +16,10 @@ from qlip_core.generator.checkpoint import save_generator
 from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.train.checkpoints import latest_checkpoint, read_checkpoint, read_state
 from qlip_torch.train.recipe import GENERATOR
+from qlip_torch.train.strict import to_toml
 
+RECIPE = "recipe.toml"
+"""Beside an exported model: what it was trained by."""
 TRAINED = {1: ("text", "encoder", "down", "up", "decoder"), 2: ("down", "up", "decoder")}
 
 
@@ -65,7 +68,13 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
         f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.\n"
     )
     return save_checkpoint(
-        out, config, weights, dtype=dtype, tokenizer_from=state["tokenizer"], card=card
+        out,
+        config,
+        weights,
+        dtype=dtype,
+        tokenizer_from=state["tokenizer"],
+        card=card,
+        beside={RECIPE: to_toml(recipe)},
     )
 
 
@@ -79,7 +88,13 @@ def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path
     tensors = {f"{prefix}.{name}": torch.empty(shape) for name, shape in shapes.items()}
     read_checkpoint(path, tensors)
     weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}
-    return save_generator(out, config, weights, dtype=dtype)
+    recipe = state["recipe"]
+    card = (
+        f"# {recipe['name']}\n\n{recipe['description']}\n\n"
+        f"After {state['step']} steps, seed {recipe['seed']}; draws with the tokenizer {config.tokenizer}.\n"
+    )
+    beside = {RECIPE: to_toml(recipe), "README.md": card}
+    return save_generator(out, config, weights, dtype=dtype, beside=beside)
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from qlip_torch.train.stage import StepReport
-from qlip_torch.train.throughput import matmul_rate, peak_memory
+from qlip_torch.train.throughput import matmul_rate, peak_memory, size_text
 
 METRICS = "metrics.jsonl"
 # Without a terminal a line is written now and then, for the log of a batch job.
@@ -119,7 +119,7 @@ class Metrics:
             "seconds": self._seconds,
             "images_per_second": self._rate,
             "utilisation": self._speed.utilisation(self._rate),
-            "memory": peak_memory(self._device).peak,
+            "memory": peak_memory(self._device),
         }
         if report.bits is not None:
             values["bits"] = {
@@ -161,7 +161,7 @@ class Metrics:
             )
         parts.append(
             f"{self._rate:.0f} img/s  {self._speed.utilisation(self._rate):.0%} of peak  "
-            f"{peak_memory(self._device).peak / 2**30:.1f} GB"
+            f"{size_text(peak_memory(self._device))}"
         )
         return "  ".join([*parts, f"ETA {self._remaining(done)}"])
 

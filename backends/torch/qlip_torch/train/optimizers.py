@@ -255,13 +255,3 @@ def set_rates(optimizer: Optimizer, factor: float) -> None:
     """Set every group's `lr` to `factor * base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
-
-
-def check_finite(terms: dict[str, Tensor], step: int | None = None) -> None:
-    """Raise NonFiniteError naming every term that holds NaN or infinity; one host sync in all."""
-    if not terms:
-        return
-    finite = torch.stack([torch.isfinite(term.detach()).all() for term in terms.values()])
-    wrong = [name for name, ok in zip(terms, finite.tolist()) if not ok]
-    if wrong:
-        raise NonFiniteError(wrong, step)

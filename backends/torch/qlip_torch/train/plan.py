@@ -25,7 +25,7 @@ from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage1Recipe, Stage2Re
 from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import Stage2Network
-from qlip_torch.train.throughput import forward_flops
+from qlip_torch.train.throughput import forward_flops, size_text
 
 # What a compiled block keeps of what a plain one does: it computes pointwise operations anew. Measured at B-16
 # on an H100 (docs/performance.md), where the plain figure agreed with this file's to 1 %.
@@ -55,6 +55,8 @@ class Plan:
     loss_bytes: int
     flops: float
     """Model FLOPs of one image's training step."""
+    rate: float
+    """FLOP/s of matrix products on such a device; 0 where they were not measured."""
 
     @property
     def images(self) -> int:
@@ -80,6 +82,8 @@ class Plan:
             f"{size_text(self.state_bytes)}, activations {size_text(self.activation_bytes)}, "
             f"losses {size_text(self.loss_bytes)}",
         ]
+        if self.rate:
+            out.append(time_line(self.images * self.flops, self.rate, self.devices))
         if self.devices != self.meant_for:
             out.append(
                 f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
@@ -88,12 +92,25 @@ class Plan:
         return out
 
 
-def size_text(count: int) -> str:
-    return f"{count / 2**30:.1f} GB" if count >= 2**30 else f"{count / 2**20:.0f} MB"
+def time_line(flops: float, rate: float, devices: int) -> str:
+    """How long so many model FLOPs take, very roughly: runs reach a fifth to two thirds of the products' rate."""
+    seconds = flops / (rate / 3 * devices)
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+    name, unit = next(pair for pair in units if seconds >= 2 * pair[1] or pair[1] == 1)
+    century = 36525 * 86400
+    length = f"about {seconds / unit:,.1f} {name}" if seconds < century else "over a century"
+    return (
+        f"  {length}, at a third of what products reach on this device ({rate / 1e12:.2g} TFLOP/s)"
+    )
 
 
 def make_plan(
-    recipe: Recipe, config: QLIPConfig, stage: int, device: torch.device, devices: int
+    recipe: Recipe,
+    config: QLIPConfig,
+    stage: int,
+    device: torch.device,
+    devices: int,
+    rate: float = 0.0,
 ) -> Plan:
     """The plan of a stage."""
     settings = recipe.stage1 if stage == 1 else recipe.stage2
@@ -131,6 +148,7 @@ def make_plan(
         activation_bytes=image * micro_batch,
         loss_bytes=losses,
         flops=forward_flops(config).training(*parts_of(settings)),
+        rate=rate,
     )
 
 
@@ -138,8 +156,7 @@ def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parts of the model that a stage trains, and those that it runs."""
     if not isinstance(settings, Stage1Recipe):
         return ("down", "up", "decoder"), STAGE2_PARTS
-    run = PARTS if settings.decodes else ("text", "encoder", "down")
-    return settings.trained, run
+    return settings.trained, tuple(p for p in PARTS if p == "down" or p not in settings.idle)
 
 
 def _state_bytes(recipe: Recipe, present: int, trained: int, ema: bool, devices: int) -> int:

@@ -316,14 +316,18 @@ class Stage2Recipe(StageRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "lpips", "gan", "ssim")
-        if self.lpips and not self.perceptual:
-            raise RecipeError(
-                "lpips is not 0 and perceptual names no weights: give a safetensors file, "
-                'perceptual = "random" for a stand-in, or lpips = 0'
-            )
         if self.learning_rate.encoder or self.learning_rate.text:
             raise RecipeError(
                 "learning_rate.encoder and .text must be 0: stage 2 keeps both towers as they are"
+            )
+
+    def check_weights(self) -> None:
+        """Raises RecipeError where LPIPS is asked for and its weights are not named: before stage 2 is run,
+        since a recipe of stage 1 alone need not say."""
+        if self.lpips and not self.perceptual:
+            raise RecipeError(
+                "stage2.lpips is not 0 and stage2.perceptual names no weights: give a safetensors file, "
+                'perceptual = "random" for a stand-in, or lpips = 0'
             )
 
 

@@ -11,6 +11,7 @@ import torch
 from qlip_torch.train.checkpoints import latest_checkpoint, read_state
 from qlip_torch.train.metrics import duration, read_metrics
 from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.throughput import size_text
 from qlip_torch.train.validation import Validation
 
 REPORT = "report.md"
@@ -74,7 +75,7 @@ def _stage(number: int, folder: Path, validation: Validation | None, perceptual:
         lines += [
             f"{step:,} steps in {duration(last['seconds'])}, median "
             f"{rates[len(rates) // 2]:.1f} images/s ({shares[len(shares) // 2]:.0%} of the measured "
-            f"matrix rate), peak memory {last['memory'] / 2**30:.2f} GB.",
+            f"matrix rate), peak memory {size_text(last['memory'])}.",
             "",
             "| loss | first | last |",
             "|---|---|---|",

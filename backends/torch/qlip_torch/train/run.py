@@ -43,6 +43,7 @@ from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.plan import Plan, make_plan, parts_of
+from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import Recipe, RecipeFile
 from qlip_torch.train.report import write_report
 from qlip_torch.train.sources import is_emoji
@@ -51,7 +52,7 @@ from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
 from qlip_torch.train.strict import write_whole
-from qlip_torch.train.throughput import forward_flops
+from qlip_torch.train.throughput import forward_flops, matmul_rate
 from qlip_torch.train.validation import validate_emoji
 
 RECIPE, STAGES, TOKENIZER = "recipe.toml", "stages.txt", "tokenizer"
@@ -150,6 +151,8 @@ def _settled(
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
         ]
         recipe = recipe.changed(changes)
+    if stage != "1":
+        recipe.stage2.check_weights()
     if kept.is_file() and not dry_run and (resume or begun(out)):
         check_same_run(out, Recipe.from_file(kept), recipe, resume)
     return recipe
@@ -304,7 +307,9 @@ class _Run:
                 self.world.size
             )
             return
-        plan = make_plan(self.recipe, config, number, self.world.device, self.world.size)
+        device = self.world.device
+        rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
+        plan = make_plan(self.recipe, config, number, device, self.world.size, rate)
         self.plans.append(plan)
         self.say(*plan.lines())
 

@@ -107,8 +107,9 @@ class Stage1Losses:
         u, *embeddings = features
         terms: Terms = {}
         if embeddings:
+            image, text = embeddings
             group, scale = self.world.joins_autograd, self.model.logit_scale
-            terms["align"] = objectives.info_nce(*embeddings, scale, group)
+            terms["align"] = objectives.info_nce(image, text, scale, group)
         return terms | objectives_of_code(self.model, u, self.world)
 
     def parameters_of_features(self) -> Sequence[nn.Parameter]:

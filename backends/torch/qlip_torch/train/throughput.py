@@ -98,8 +98,9 @@ def matmul_rate(
     """
     device = torch.device(device)
     size = size or (8192 if device.type == "cuda" else 1024)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    b = torch.randn(size, size, device=device, dtype=dtype)
+    # Its own random numbers: a run's must not depend on what was measured.
+    own = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=own) for _ in range(2))
     out = torch.empty_like(a)
     repeats = 4
     best, deadline = float("inf"), 0.0
@@ -122,27 +123,18 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Peak bytes since the start or the last reset, and whose: "cuda" (allocated) or "rss"."""
-
-    peak: int
-    kind: str
-
-
-def peak_memory(device: str | torch.device) -> Memory:
-    """The device allocator's peak on CUDA; elsewhere the process's largest resident set."""
+def peak_memory(device: str | torch.device) -> int:
+    """Bytes: the device allocator's peak on CUDA; elsewhere the process's largest resident set."""
     device = torch.device(device)
     if device.type == "cuda":
-        return Memory(torch.cuda.max_memory_allocated(device), "cuda")
+        return torch.cuda.max_memory_allocated(device)
     import resource  # POSIX only, so not at the top
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Memory(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def reset_peak_memory(device: str | torch.device) -> None:
-    """Start the peak anew on CUDA; a process's largest resident set cannot be reset."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+def size_text(count: int) -> str:
+    """Bytes for people, in decimal units."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

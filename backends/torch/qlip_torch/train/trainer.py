@@ -12,14 +12,11 @@ from qlip_torch.train.balance import balance
 from qlip_torch.train.export import export
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.run import train_generator
-from qlip_torch.train.recipe import Recipe, recipe_names
+from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
 
 
 class TorchTrainer:
-    def recipes(self) -> list[str]:
-        return recipe_names()
-
     def train(
         self,
         recipe: str | None,

@@ -18,8 +18,9 @@ from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.generator import Generator
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.stage import LossNetwork
-from qlip_torch.train.plan import Kept, size_text
+from qlip_torch.train.plan import Kept, time_line
 from qlip_torch.train.precision import Precision
+from qlip_torch.train.throughput import size_text
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class GeneratorPlan:
     activation_bytes: int
     flops: float
     """Model FLOPs of one image's training step."""
+    rate: float
+    """FLOP/s of matrix products on such a device; 0 where they were not measured."""
 
     @property
     def images(self) -> int:
@@ -64,6 +67,8 @@ class GeneratorPlan:
             f"gradients and optimizer {size_text(self.state_bytes)}, activations "
             f"{size_text(self.activation_bytes)}; the frozen tokenizer comes on top",
         ]
+        if self.rate:
+            out.append(time_line(self.images * self.flops, self.rate, self.devices))
         if self.devices != self.meant_for:
             out.append(
                 f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
@@ -73,7 +78,11 @@ class GeneratorPlan:
 
 
 def make_plan(
-    recipe: GeneratorRecipe, config: GeneratorConfig, device: torch.device, devices: int
+    recipe: GeneratorRecipe,
+    config: GeneratorConfig,
+    device: torch.device,
+    devices: int,
+    rate: float = 0.0,
 ) -> GeneratorPlan:
     """The plan of a run whose generator is `config`, fitted to its tokenizer."""
     training = recipe.training
@@ -100,6 +109,7 @@ def make_plan(
         state_bytes=state,
         activation_bytes=image * micro_batch,
         flops=3 * forward_flops(config),
+        rate=rate,
     )
 
 

@@ -39,6 +39,7 @@ from qlip_torch.train.generator.samples import save_samples
 from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
+from qlip_torch.train.precision import Precision
 from qlip_torch.train.run import RECIPE, begun, check_same_run
 from qlip_torch.train.strict import write_whole
 from qlip_torch.train.throughput import matmul_rate
@@ -139,7 +140,6 @@ class _Run:
             return None
         plan = self._plan()
         stage = self._build()
-        # Measured first: it draws random numbers, and dropout's must go on where they were.
         speed = self._speed(stage) if world.is_first else None
         checkpoints = Checkpoints(
             out / "checkpoints",
@@ -194,7 +194,9 @@ class _Run:
         self.recipe.training.micro_batches(self.world.size)
         if not self.world.is_first:
             return None
-        plan = make_plan(self.recipe, self.config, self.world.device, self.world.size)
+        device = self.world.device
+        rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
+        plan = make_plan(self.recipe, self.config, device, self.world.size, rate)
         start = self.recipe.start or "random"
         tokenizer = f"  tokenizer: {self.tokenizer.checkpoint.folder}"
         for line in (*plan.lines(), tokenizer, f"  weights: {start}"):
