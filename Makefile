@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test lint types package check clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +32,16 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint types test
+# What a user installs: the wheel, alone in an environment of its own, with its recipes and models.
+package: $(BIN)/python
+	rm -rf $(VENV)-wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w $(VENV)-wheel .
+	$(PYTHON) -m venv $(VENV)-wheel/env
+	$(VENV)-wheel/env/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(VENV)-wheel/*.whl
+	cd $(VENV)-wheel && env/bin/qlip doctor && env/bin/qlip generate "a cat" -o cat.png && env/bin/qlip reconstruct cat.png
+	rm -rf $(VENV)-wheel
+
+check: lint types package test
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) $(VENV)-wheel demo-out

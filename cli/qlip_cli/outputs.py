@@ -169,6 +169,10 @@ class PictureFolder:
         self.folder, self.names = folder, names
         if folder.exists() and not folder.is_dir():
             raise QlipError(f"{folder}: exists and is not a folder; name another with -o")
+        if folder.suffix.lower() in PICTURES and not folder.is_dir():
+            raise QlipError(
+                f"{folder}: is the name of one picture, and these are {len(names)}: name a folder"
+            )
         check_writable(folder if folder.is_dir() else folder.parent, folder)
         for name in names:
             target = folder / name

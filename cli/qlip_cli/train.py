@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,6 +113,8 @@ def train(
         found = trainer.balance(
             name, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
         )
+        if not _first():
+            return
         if found is None:
             note(DRY)
         elif json:
@@ -139,6 +142,8 @@ def train(
 
 
 def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: bool) -> None:
+    if not _first():
+        return
     if json:
         print_json(result)
     elif dry_run:
@@ -147,6 +152,11 @@ def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: 
         for path in paths:
             if path:
                 print_line(path)
+
+
+def _first() -> bool:
+    """Whether this is the process that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _sources(data: list[str] | None, where: str = "data") -> list[str]:

@@ -10,6 +10,7 @@ environment which rank this is.
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import sys
@@ -248,11 +249,14 @@ def spread(
         _shard(module, blocks, engine, world, kept, methods, half)
         return Spread(module, lambda last: nullcontext())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(apart))
+    # Tables that each rank makes for itself; the option has another name from torch 2.13 on.
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     wrapped = DistributedDataParallel(
         module,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{buffers: False},
     )
     return Spread(wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
 
