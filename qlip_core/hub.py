@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from qlip_core.errors import CheckpointError
@@ -37,26 +38,23 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
         return path
     name = str(model)
     if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors":
-        return _from_hub(name, revision)
+        return from_hub(name, revision)
     raise CheckpointError(f"{name}: no such folder or file, and not a hub id (owner/name)")
 
 
-def _download(name: str, revision: str | None, cache: Path | None = None) -> Path:
-    from huggingface_hub import snapshot_download
+def from_hub(name: str, revision: str | None = None, wanted: Sequence[str] = _WANTED) -> Path:
+    """A folder with those files of the repository `name` whose names match `wanted`.
 
-    wanted: list[str] = list(_WANTED)
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, cache_dir=cache))
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
+    Raises CheckpointError, which says what to do about it, where the hub does not give them.
+    """
     try:
-        from huggingface_hub import errors
+        from huggingface_hub import errors, snapshot_download
     except ImportError:
         raise CheckpointError(
             f"{name}: no such folder; to fetch it from the hub run `pip install 'qlip[hub]'`"
         ) from None
     try:
-        return _download(name, revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except errors.RevisionNotFoundError:
         raise CheckpointError(f"{name}: the hub has no revision {revision!r} of it") from None
     except errors.GatedRepoError:

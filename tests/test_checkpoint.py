@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import shutil
@@ -295,16 +296,11 @@ def cached(root: Path, official: Path, name: str = "some/model") -> Path:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     pytest.importorskip("huggingface_hub")
-    from huggingface_hub import constants
+    import huggingface_hub
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    real = hub._download
-
-    def download(name: str, revision: str | None) -> Path:
-        return real(name, revision, cache=tmp_path)
-
-    monkeypatch.setattr(hub, "_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    here = functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", here)
     return tmp_path
 
 

@@ -564,7 +564,7 @@ def test_lpips_metric_is_the_training_module() -> None:
     import torch
 
     from qlip_torch.evaluation import lpips_metric
-    from qlip_torch.train.perceptual import build_perceptual
+    from qlip_torch.perceptual import build_perceptual
 
     a, b = np.stack(pictures(3)), np.stack(pictures(3, seed=1))
     metric = lpips_metric("random")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from qlip_core.errors import CheckpointError, QlipError
+from qlip_torch.perceptual import Lpips, build_perceptual, clip_to_signed
 from qlip_torch.train.discriminator import (
     Blur,
     Discriminator,
@@ -23,7 +24,6 @@ from qlip_torch.train.discriminator import (
     r1_is_due,
     r1_penalty,
 )
-from qlip_torch.train.perceptual import Lpips, build_perceptual, clip_to_signed
 
 CONVOLUTIONS = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
 TAPS = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}

@@ -22,6 +22,7 @@ from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
 from qlip_core.generator.config import GeneratorConfig
 from qlip_mlx.kernels import FUSED, Kernels, Mask
+from qlip_mlx.quantize import quantize
 
 Rope = tuple[mx.array, mx.array]
 
@@ -194,8 +195,6 @@ class Generator(nn.Module):
 
 # -- loading -----------------------------------------------------------------------------------
 
-QUANTIZED_GROUP = 64  # weights of a row that share a scale, where weights are quantized
-
 
 def load(
     config: GeneratorConfig,
@@ -207,7 +206,8 @@ def load(
 ) -> Generator:
     """A generator with `arrays` (name -> array) in `dtype`, on MLX's default device.
 
-    With `bits` (8 or 4) every linear whose rows divide into groups of QUANTIZED_GROUP is quantized. Raises CheckpointError if a tensor is missing, misshapen or unknown.
+    With `bits` (8 or 4) every linear whose rows divide into groups of `quantize.GROUP` is quantized.
+    Raises CheckpointError if a tensor is missing, misshapen or unknown.
     """
     if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
         raise CheckpointError(f"weights do not fit the generator: {problems}")
@@ -219,7 +219,7 @@ def load(
                 held[f"{name}.weight"] = kernels.lay_out(held[f"{name}.weight"])
     model.load_weights(list(held.items()))
     if bits is not None:
-        nn.quantize(model, QUANTIZED_GROUP, bits, class_predicate=lambda _, module: _fits(module))
+        quantize(model, bits)
     mx.eval(model.parameters())
     return model
 
@@ -240,7 +240,3 @@ def _laid_out(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> dict
     if config.text_vocab_size:
         out["text_head.weight"] = table[: config.text_vocab_size]
     return out
-
-
-def _fits(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.shape[-1] % QUANTIZED_GROUP == 0

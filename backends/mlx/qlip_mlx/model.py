@@ -21,6 +21,7 @@ from qlip_core.architecture import PARTS, architecture, diff_tensors, rotary_tab
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.errors import CheckpointError, ConfigError
 from qlip_mlx.kernels import FUSED, Kernels
+from qlip_mlx.quantize import fits, quantize
 
 # -- blocks ------------------------------------------------------------------------------------
 
@@ -368,7 +369,6 @@ class QLIP(nn.Module):
 # -- loading -----------------------------------------------------------------------------------
 
 LINEARS = (nn.Linear, PatchEmbedding)
-QUANTIZED_GROUP = 64  # weights of a row that share a scale, where weights are quantized
 
 
 def load(
@@ -382,7 +382,7 @@ def load(
 ) -> QLIP:
     """A model with `arrays` (published name -> array) in `dtype`, on MLX's default device.
 
-    With `bits` (8 or 4) every linear whose rows divide into groups of QUANTIZED_GROUP is quantized.
+    With `bits` (8 or 4) every linear whose rows divide into groups of `quantize.GROUP` is quantized.
     Raises CheckpointError if a tensor of these parts is missing or misshapen, or one is unknown.
     """
     if problems := diff_tensors(config, {n: a.shape for n, a in arrays.items()}, parts):
@@ -393,7 +393,7 @@ def load(
         if isinstance(module, LINEARS):
             module.weight = kernels.lay_out(module.weight)
     if bits is not None:
-        nn.quantize(model, QUANTIZED_GROUP, bits, class_predicate=lambda _, module: _fits(module))
+        quantize(model, bits)
     mx.eval(model.parameters())
     return model
 
@@ -402,7 +402,7 @@ def unquantized(config: QLIPConfig, parts: tuple[str, ...] = PARTS) -> list[str]
     """Names of the linears (the patch embedding is one) that are never quantized, in forward order."""
     modules = dict(QLIP(config, parts).named_modules())
     names = (name.removesuffix(".weight") for name in architecture(config))
-    return [n for n in names if isinstance(modules.get(n), LINEARS) and not _fits(modules[n])]
+    return [n for n in names if isinstance(modules.get(n), LINEARS) and not fits(modules[n])]
 
 
 def _laid_out(name: str, array: np.ndarray) -> np.ndarray:
@@ -410,7 +410,3 @@ def _laid_out(name: str, array: np.ndarray) -> np.ndarray:
     if name == "vision_model.embeddings.patch_embedding.weight":
         return array.reshape(len(array), -1)
     return array
-
-
-def _fits(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and module.weight.shape[-1] % QUANTIZED_GROUP == 0

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from qlip_torch.inception import SIDE, Inception, build_inception
-from qlip_torch.train.perceptual import Lpips, build_perceptual
+from qlip_torch.perceptual import Lpips, build_perceptual
 from qlip_torch.weight_files import sha256_of, weight_files
 
 # Inception at 299 px keeps tens of MB an image.

@@ -11,7 +11,6 @@ devices, precision or other processes; `blocks` are the units to compile, checkp
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
 from qlip_core.generator.config import GeneratorConfig
+from qlip_torch.arrays import shared
 
 Rope = tuple[Tensor, Tensor]
 
@@ -365,7 +365,7 @@ class Generator(nn.Module):
         """Copy name -> array into the parameters. Raises CheckpointError if they do not fit."""
         _check(self.config, arrays)
         for name, parameter in self.named_parameters():
-            parameter.copy_(_shared(arrays[name]))
+            parameter.copy_(shared(arrays[name]))
 
 
 def padding_last(seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -417,9 +417,7 @@ def load(
     _check(config, arrays)
     with torch.device("meta"):
         model = Generator(config)
-    tensors = {
-        name: _shared(arrays[name]).to(device, dtype) for name, _ in model.named_parameters()
-    }
+    tensors = {name: shared(arrays[name]).to(device, dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(False).eval().fuse()
 
@@ -427,11 +425,3 @@ def load(
 def _check(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> None:
     if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
         raise CheckpointError(f"weights do not fit the generator: {problems}")
-
-
-def _shared(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory."""
-    with warnings.catch_warnings():
-        # Checkpoints are mapped read-only, and torch cannot know that nothing writes to the tensor.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

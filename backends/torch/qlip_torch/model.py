@@ -11,7 +11,6 @@ checkpointing and `torch.compile` are applied from outside, best block by block 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch.autograd import Function
 from qlip_core.architecture import PARTS, diff_tensors, rotary_tables
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.errors import CheckpointError, ConfigError
+from qlip_torch.arrays import shared
 
 # -- blocks ------------------------------------------------------------------------------------
 
@@ -430,7 +430,7 @@ class QLIP(nn.Module):
         """
         _check(self, arrays)
         for name, parameter in self.named_parameters():
-            parameter.copy_(_shared(arrays[name]))
+            parameter.copy_(shared(arrays[name]))
 
 
 def pooled_position(ids: Tensor, eos_token_id: int) -> Tensor:
@@ -457,9 +457,7 @@ def load(
     with torch.device("meta"):
         model = QLIP(config, parts)
     _check(model, arrays)
-    tensors = {
-        name: _shared(arrays[name]).to(device, dtype) for name, _ in model.named_parameters()
-    }
+    tensors = {name: shared(arrays[name]).to(device, dtype) for name, _ in model.named_parameters()}
     model.load_state_dict(tensors, assign=True)
     model.reset_rotary()
     return model.requires_grad_(False).eval()
@@ -469,11 +467,3 @@ def _check(model: QLIP, arrays: Mapping[str, np.ndarray]) -> None:
     shapes = {name: array.shape for name, array in arrays.items()}
     if problems := diff_tensors(model.config, shapes, model.parts):
         raise CheckpointError(f"weights do not fit the model: {problems}")
-
-
-def _shared(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory."""
-    with warnings.catch_warnings():
-        # Checkpoints are mapped read-only, and torch cannot know that nothing writes to the tensor.
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)

@@ -14,7 +14,8 @@ from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.data.emoji import caption_corpus
 from qlip_core.data.vocabulary import train_bpe
-from qlip_core.errors import RecipeError
+from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.hub import from_hub
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
@@ -66,24 +67,12 @@ def tokenizer_folder(recipe: Recipe, folder: Path) -> Path:
             'model.tokenizer is empty: give "emoji", or a folder with vocab.json and merges.txt'
         )
     path = Path(recipe.model.tokenizer)
-    return path if path.is_dir() else _from_hub(recipe.model.tokenizer)
-
-
-def _from_hub(name: str) -> Path:
+    if path.is_dir():
+        return path
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise RecipeError(
-            f"model.tokenizer: no folder {name!r} here; to fetch it from the hub run "
-            "`pip install 'qlip[hub]'`"
-        ) from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise RecipeError(
-            f"model.tokenizer: no folder {name!r} here, and the hub does not give it "
-            f"({str(error).strip().splitlines()[0]})"
-        ) from None
+        return from_hub(recipe.model.tokenizer, wanted=TOKENIZER_FILES)
+    except CheckpointError as error:
+        raise RecipeError(f"model.tokenizer: {error}") from None
 
 
 def first_start(recipe: Recipe, folder: Path) -> Start:

@@ -30,7 +30,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from qlip_core.errors import CheckpointError
-from qlip_torch.train.distributed import World
+from qlip_torch.train.distributed import World, lost_a_peer, peer_error
 
 LATEST, STATE = "latest", "state.json"
 _MISSING_GROUP = "torch.distributed is disabled"
@@ -124,6 +124,8 @@ class Checkpoints:
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
             if self._world.is_first:
                 self._clear(part)
+            if lost := next(filter(lost_a_peer, _causes(error)), None):
+                raise peer_error(lost) from None
             raise CheckpointError(
                 f"{final}: the checkpoint cannot be written ({_cause(error)}); the one before it is kept: "
                 "free some space, then go on with --resume"
@@ -210,10 +212,15 @@ def read_checkpoint(
         ) from None
 
 
-def _cause(error: BaseException) -> str:
-    """The last line of what went wrong; torch wraps it in tracebacks of every rank."""
+def _causes(error: BaseException) -> list[BaseException]:
+    """What went wrong on each rank, which torch wraps in one exception."""
     failures = list(getattr(error, "failures", {}).values())
-    inner = failures[0][0] if failures else error
+    return [inner for inner, _ in failures] or [error]
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what went wrong."""
+    inner = _causes(error)[0]
     return (str(inner).strip() or type(inner).__name__).splitlines()[-1]
 
 

@@ -130,12 +130,9 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
         # All have done what they wait for in each other before any takes its group down.
         world.barrier()
     except RuntimeError as error:
-        if not _lost_a_peer(error):
+        if not lost_a_peer(error):
             raise
-        raise PeerError(
-            f"process {os.environ.get('RANK', 0)} of {size} stops: another process of the job has "
-            f"stopped, see its message ({_line(error)})"
-        ) from error
+        raise peer_error(error) from error
     finally:
         dist.destroy_process_group()
 
@@ -145,7 +142,17 @@ def _line(error: BaseException) -> str:
     return text.splitlines()[0][:200] if text else type(error).__name__
 
 
-def _lost_a_peer(error: RuntimeError) -> bool:
+def peer_error(error: BaseException) -> PeerError:
+    """What a rank says that stops over an `error` for which `lost_a_peer`."""
+    rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
+    return PeerError(
+        f"process {rank} of {size} stops: another process of the job has stopped, see its message "
+        f"({_line(error)})"
+    )
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an error of a collective says that another rank is gone."""
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -251,12 +258,13 @@ def spread(
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(apart))
     # Tables that each rank makes for itself; the option has another name from torch 2.13 on.
     known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    no_buffers: dict[str, Any] = {option: False}
     wrapped = DistributedDataParallel(
         module,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
         gradient_as_bucket_view=True,
-        **{buffers: False},
+        **no_buffers,
     )
     return Spread(wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
 

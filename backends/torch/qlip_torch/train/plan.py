@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlip_core.architecture import PARTS, parameter_count
 from qlip_core.config import QLIPConfig
 from qlip_torch.model import QLIP
+from qlip_torch.perceptual import Lpips
 from qlip_torch.train.discriminator import Discriminator
-from qlip_torch.train.perceptual import Lpips
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage1Recipe, Stage2Recipe, StageRecipe
 from qlip_torch.train.stage1 import Stage1Network, freeze

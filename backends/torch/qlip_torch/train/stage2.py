@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlip_torch.model import QLIP
+from qlip_torch.perceptual import Lpips, build_perceptual, clip_to_signed
 from qlip_torch.train import objectives
 from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
 from qlip_torch.train.discriminator import (
@@ -25,7 +26,6 @@ from qlip_torch.train.discriminator import (
 )
 from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
 from qlip_torch.train.optimizers import parameter_groups
-from qlip_torch.train.perceptual import Lpips, build_perceptual, clip_to_signed
 from qlip_torch.train.pictures import Batch, Normalizer
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import DiscriminatorRecipe, EngineRecipe, Stage2Recipe

@@ -16,21 +16,15 @@ Legend: x, y [B, 3, S, S] in [-1, 1]; f_k the features of tap k with C_k channel
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qlip_core.errors import BackendError, CheckpointError, QlipError
+from qlip_core.errors import CheckpointError, QlipError
+from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
+from qlip_torch.weight_files import read_weights, weight_files
 
 log = logging.getLogger(__name__)
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # LPIPS' own input scaling: ImageNet's mean and deviation carried over to [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
@@ -116,16 +110,16 @@ def build_perceptual(perceptual: str, seed: int = 0) -> Lpips:
 
     perceptual: `"random"` (seeded random weights, with a warning: a machine without weights, or a
     test), or one or several sources separated by commas, each a safetensors file, a folder of
-    them, or a hub id `owner/name`. Raises CheckpointError where weights are missing, unexpected or
-    of another shape, BackendError where a hub id is given without huggingface_hub.
+    them, or a hub id `owner/name`. Raises CheckpointError where weights are not there, unexpected or
+    of another shape.
     """
     if perceptual == "random":
         return _random(seed)
     tensors: dict[str, Tensor] = {}
     sources = [source.strip() for source in perceptual.split(",") if source.strip()]
     for source in sources:
-        for path in _files(source):
-            tensors |= _read(path)
+        for path in weight_files(source, "perceptual weights"):
+            tensors |= read_weights(path)
     return _load(tensors, ", ".join(sources))
 
 
@@ -147,41 +141,6 @@ def _random(seed: int) -> Lpips:
         model.name,
     )
     return model
-
-
-def _files(source: str) -> Sequence[Path]:
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-            raise CheckpointError(
-                f"perceptual weights {source!r}: no such file or folder, and not a hub id; give a "
-                'safetensors file, or "random"'
-            )
-        path = _download(source)
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"perceptual weights {source!r}: no *.safetensors in it")
-    return files
-
-
-def _download(repository: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise BackendError(
-            f"perceptual weights {repository!r} are on the hub: pip install 'qlip[hub]', or give a "
-            "local file"
-        ) from None
-    return Path(snapshot_download(repository, allow_patterns=["*.safetensors"]))
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"perceptual weights {path}: not safetensors ({error})") from None
 
 
 def _load(tensors: dict[str, Tensor], name: str) -> Lpips:
