@@ -103,3 +103,16 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt() -> None
     corners = apple[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
     middle = apple[40:56, 40:56].mean((0, 1))
     assert corners[2] > corners[0] + 50 and middle[0] > middle[2] + 50
+
+
+def test_a_runs_report_says_what_the_model_does(reference: qlip.Model) -> None:
+    torch = pytest.importorskip("torch")
+    from qlip_torch.train.validation import validate_emoji
+
+    lines = validate_emoji(BUNDLED, torch.device("cpu"), scenes=8, renderings=20)
+    held_out = EmojiSet(96, split="held-out")
+    scenes = np.stack([held_out.sample(i)[0] for i in range(8)])
+    expected = psnr(scenes, reference.reconstruct(list(scenes))).mean()
+    assert f"of 8 held-out scenes: PSNR {expected:.2f} dB" in lines[0] and "bit usage" in lines[0]
+    assert "seen names in unseen renderings: 100.0% top-1, 100.0% top-5 of 100" in lines[1]
+    assert "unseen names (zero-shot)" in lines[2] and "(chance 1.0%)" in lines[2]

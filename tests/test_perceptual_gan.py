@@ -151,8 +151,11 @@ def test_wrong_weights_are_refused_by_name(lpips: Lpips, tmp_path: Path):
     for part in ("missing features.28.bias", "unexpected surplus", "[1, 255, 1, 1], not [1, 256"):
         assert part in str(error.value)
     (tmp_path / "pickle.pth").write_bytes(b"\x80\x04K\x01.")
-    with pytest.raises(CheckpointError, match="not safetensors"):
+    with pytest.raises(CheckpointError, match="pickled weights are never loaded"):
         build_perceptual(str(tmp_path / "pickle.pth"))
+    (tmp_path / "cut.safetensors").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(CheckpointError, match="not safetensors"):
+        build_perceptual(str(tmp_path / "cut.safetensors"))
     with pytest.raises(CheckpointError, match="no such file or folder"):
         build_perceptual("nowhere/at/all")
     tensors = published_names(lpips)

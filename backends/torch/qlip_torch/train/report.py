@@ -12,7 +12,6 @@ from qlip_torch.train.checkpoints import latest_checkpoint, read_state
 from qlip_torch.train.metrics import duration, read_metrics
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.throughput import size_text
-from qlip_torch.train.validation import Validation
 
 REPORT = "report.md"
 
@@ -22,9 +21,9 @@ def write_report(
     recipe: Recipe,
     device: torch.device,
     ranks: int,
-    validations: dict[int, Validation],
+    validations: dict[int, list[str]],
 ) -> Path:
-    """Write `out`/report.md from the run folder and what was measured of each stage's model."""
+    """Write `out`/report.md from the run folder and what was measured of each stage's model, in lines."""
     lines = [
         f"# {recipe.name or 'Training run'}",
         "",
@@ -38,7 +37,7 @@ def write_report(
         if latest_checkpoint(folder / "checkpoints") is not None:
             lines += [
                 "",
-                *_stage(number, folder, validations.get(number), recipe.stage2.perceptual),
+                *_stage(number, folder, validations.get(number, []), recipe.stage2.perceptual),
             ]
     path = out / REPORT
     part = path.with_name(f".{REPORT}.part")
@@ -62,7 +61,7 @@ def _named(term: str, perceptual: str) -> str:
     )
 
 
-def _stage(number: int, folder: Path, validation: Validation | None, perceptual: str) -> list[str]:
+def _stage(number: int, folder: Path, validation: list[str], perceptual: str) -> list[str]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     step = read_state(checkpoint)["step"]
@@ -95,8 +94,8 @@ def _stage(number: int, folder: Path, validation: Validation | None, perceptual:
                 f"to 70 %), {bits['dead']:.0%} dead, entropy of the mean soft code "
                 f"{bits['entropy']:.0%} of its bits.",
             ]
-    if validation is not None:
-        lines += ["", *(f"- {line}" for line in validation.lines())]
+    if validation:
+        lines += ["", *(f"- {line}" for line in validation)]
     if (folder / "curves.png").is_file():
         lines += ["", f"![curves](stage{number}/curves.png)"]
     pictures = sorted((folder / "pictures").glob("*.png"))

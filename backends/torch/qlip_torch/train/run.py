@@ -281,7 +281,7 @@ class _Run:
         if any(is_emoji(source.location) for source in self.recipe.data.sources):
             for number, model in models.items():
                 found[number] = validate_emoji(model, self.world.device)
-                self.say(f"stage {number}:", *(f"  {line}" for line in found[number].lines()))
+                self.say(f"stage {number}:", *(f"  {line}" for line in found[number]))
         return write_report(self.out, self.recipe, self.world.device, self.world.size, found)
 
     def say(self, *lines: str) -> None:
