@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -222,8 +222,40 @@ def save_checkpoint(
     stays. Raises CheckpointError if the
     weights do not fit the config or are not finite.
     """
-    folder = Path(folder)
-    if problem := diff_tensors(config, {name: w.shape for name, w in weights.items()}):
+    texts = {
+        **(beside or {}),
+        **({} if card is None else {"README.md": card}),
+        "config.json": config.to_json(),
+        "preprocessor_config.json": _json(
+            (preprocessing or Preprocessing(config.image_size)).to_dict()
+        ),
+    }
+    named = [] if tokenizer_from is None else [Path(tokenizer_from) / n for n in TOKENIZER_FILES]
+    return write_folder(
+        Path(folder),
+        {name: weights[name] for name in architecture(config) if name in weights},
+        texts,
+        dtype=dtype,
+        problem=diff_tensors(config, {name: w.shape for name, w in weights.items()}),
+        copies=[path for path in named if path.is_file()],
+    )
+
+
+def write_folder(
+    folder: Path,
+    weights: Mapping[str, np.ndarray],
+    texts: Mapping[str, str],
+    *,
+    dtype: str,
+    problem: str,
+    copies: Sequence[Path] = (),
+) -> Path:
+    """Write a model's folder, whole or not at all: its weights, text files by name, and copies of files.
+
+    `problem`: how the weights do not fit the config, if they do not. Raises CheckpointError for that, and
+    for values that are not finite.
+    """
+    if problem:
         raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
     for name, values in weights.items():
         if not np.isfinite(values).all():
@@ -232,19 +264,12 @@ def save_checkpoint(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
-        ordered = {name: weights[name] for name in architecture(config)}
         # transformers reads no safetensors file that does not say which framework's layout it has.
-        write_tensors(temporary / WEIGHTS, ordered, dtype=dtype, metadata={"format": "pt"})
-        (temporary / "config.json").write_text(config.to_json(), encoding="utf-8")
-        processor = (preprocessing or Preprocessing(config.image_size)).to_dict()
-        (temporary / "preprocessor_config.json").write_text(_json(processor), encoding="utf-8")
-        for name in TOKENIZER_FILES if tokenizer_from is not None else ():
-            source = Path(tokenizer_from or "") / name
-            if source.is_file():
-                shutil.copyfile(source, temporary / name)
-        texts = {**(beside or {}), **({} if card is None else {"README.md": card})}
+        write_tensors(temporary / WEIGHTS, weights, dtype=dtype, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
+        for source in copies:
+            shutil.copyfile(source, temporary / source.name)
         replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

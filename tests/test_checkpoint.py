@@ -297,8 +297,9 @@ def cached(root: Path, official: Path, name: str = "some/model") -> Path:
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     pytest.importorskip("huggingface_hub")
     import huggingface_hub
+    from huggingface_hub import constants
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     here = functools.partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", here)
     return tmp_path

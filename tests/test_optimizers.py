@@ -1,12 +1,12 @@
-"""LAMB, parameter groups, schedule, EMA, finite check and FLOP counts against hand-worked values."""
+"""LAMB, parameter groups, schedule, EMA and FLOP counts against hand-worked values."""
 
 import copy
 import math
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from qlip_core.architecture import PARTS
+from qlip_core.config import PRESETS
 from qlip_core.errors import CheckpointError, RecipeError
 from qlip_torch.train.ema import Ema
 from qlip_torch.train.optimizers import (
@@ -251,26 +252,8 @@ def test_ema_does_not_alias_float32_weights():
 # --- FLOPs, rates, memory ------------------------------------------------------------------------
 
 
-def tower(**changes: object) -> SimpleNamespace:
-    base = dict.fromkeys(("hidden_size", "intermediate_size", "num_hidden_layers"), 0)
-    return SimpleNamespace(**(base | changes))
-
-
-def published_b16() -> SimpleNamespace:
-    body = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "swiglu": True}
-    picture = {"image_size": 256, "patch_size": 16, "num_channels": 3}
-    quantizer = {"quantizer": "bsq", "quantizer_cfg": {"embed_dim": 28}, "hidden_size_post_q": 768}
-    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "swiglu": False}
-    return SimpleNamespace(
-        projection_dim=512,
-        vision_config=tower(**body, **picture, **quantizer),
-        decoder_config=tower(**body, **picture),
-        text_config=tower(**text, max_position_embeddings=77),
-    )
-
-
 def test_forward_flops_of_b16_by_hand():
-    flops = forward_flops(published_b16())
+    flops = forward_flops(PRESETS["qlip-b-16-256"])
     block = 4 * 768**2 + 3 * 768 * 2048  # multiply-adds a token
     encoder = 12 * (257 * block + 2 * 257**2 * 768) + 256 * 768 * 768 + 768 * 512
     decoder = 12 * (256 * block + 2 * 256**2 * 768) + 256 * (768 * 2048 + 2048 * 768)
@@ -291,6 +274,17 @@ def test_forward_flops_of_b16_by_hand():
     # Gradients pass through a frozen decoder on their way to the encoder, and not the other way.
     frozen_decoder = flops.training(("encoder", "down", "up"), PARTS[1:])
     assert frozen_decoder == 3 * flops.encoder + 3 * flops.bottleneck + 2 * flops.decoder
+    plain = PRESETS["qlip-b-16-256"]
+    identity = replace(
+        plain,
+        vision_config=replace(
+            plain.vision_config,
+            quantizer="none",
+            quantizer_embed_type="identity",
+            quantizer_l2_norm=False,
+        ),
+    )
+    assert forward_flops(identity).bottleneck == 0
     locked_image = flops.training(("text",), ("text", "encoder", "down"))
     assert locked_image == 3 * flops.text + flops.encoder + flops.bottleneck / 2
 

@@ -156,7 +156,7 @@ def test_wrong_weights_are_refused_by_name(lpips: Lpips, tmp_path: Path):
     (tmp_path / "cut.safetensors").write_bytes(b"\x80\x04K\x01.")
     with pytest.raises(CheckpointError, match="not safetensors"):
         build_perceptual(str(tmp_path / "cut.safetensors"))
-    with pytest.raises(CheckpointError, match="no such file or folder"):
+    with pytest.raises(CheckpointError, match="no such folder or file"):
         build_perceptual("nowhere/at/all")
     tensors = published_names(lpips)
     tensors["features.0.bias"][3] = math.nan

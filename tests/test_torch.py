@@ -1,81 +1,35 @@
-"""The PyTorch backend against the numpy reference, over every switch of the configuration."""
+"""The PyTorch backend: what is its own. That it equals the reference is tests/test_backends.py."""
 
 from __future__ import annotations
-
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
+from oracle import (
+    SURE,
+    assert_same_latents,
+    codes_of,
+    each_configuration,
+    reference_network,
+)
 from torch import nn
 from torch.nn import functional as F
 
 from qlip_core import reference
 from qlip_core.architecture import PARTS, architecture, rotary_tables
 from qlip_core.backends import Network
-from qlip_core.bsq import bits_to_codes, bits_to_integers
-from qlip_core.checkpoint import open_checkpoint
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import CheckpointError, ConfigError
-from qlip_core.tensorfile import TensorFile
 from qlip_torch import BACKEND, QLIP, TorchBackend, load
 from qlip_torch.model import LayerNorm, Rotary, patchify, unpatchify
-
-OFFICIAL = Path(__file__).parent / "fixtures" / "official_tiny"
-TOLERANCE = 1e-4  # DESIGN: embeddings and pixels, absolute
-SURE = 1e-5  # bits are equal wherever |u| is above this
-
-each_configuration = pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 
 
 def torch_network(config: QLIPConfig, weights, dtype: str = "float32") -> Network:
     return BACKEND.network(config, ArrayWeights(config, weights), device="cpu", dtype=dtype)
 
 
-def reference_network(config: QLIPConfig, weights) -> Network:
-    return reference.BACKEND.network(
-        config, ArrayWeights(config, weights), device="cpu", dtype="float64"
-    )
-
-
-def codes_of(config: QLIPConfig, u: np.ndarray) -> np.ndarray:
-    return bits_to_codes(u > 0) if config.quantizes else u
-
-
-def assert_same_latents(network: Network, oracle: Network, pixels: np.ndarray) -> None:
-    u = oracle.latents(pixels)
-    np.testing.assert_allclose(network.latents(pixels), u, rtol=0, atol=SURE)
-    sure = np.abs(u) > SURE
-    assert sure.mean() > 0.99
-    np.testing.assert_array_equal(network.encode(pixels)[sure], (u > 0)[sure])
-
-
 # -- against the reference ---------------------------------------------------------------------
-
-
-@each_configuration
-def test_every_output_equals_the_reference(config: QLIPConfig) -> None:
-    weights = random_weights(config)
-    ours, oracle = torch_network(config, weights), reference_network(config, weights)
-    pixels, ids = random_pixels(config, 3), random_ids(config, 5)
-    assert_same_latents(ours, oracle, pixels)
-    # Both decoders get the same codes, so that a doubtful bit cannot leak into this comparison.
-    codes = codes_of(config, oracle.latents(pixels))
-    pairs = {
-        "decode": (ours.decode(codes), oracle.decode(codes)),
-        "embed_images": (ours.embed_images(pixels), oracle.embed_images(pixels)),
-        "embed_texts": (ours.embed_texts(ids), oracle.embed_texts(ids)),
-    }
-    for layer in range(-3, 3):
-        pairs[f"hidden_states {layer}"] = (
-            ours.hidden_states(pixels, layer),
-            oracle.hidden_states(pixels, layer),
-        )
-    for name, (actual, expected) in pairs.items():
-        assert actual.dtype == np.float32, name
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE, err_msg=name)
 
 
 @each_configuration
@@ -99,66 +53,6 @@ def test_double_precision_equals_the_reference_to_its_rounding(config: QLIPConfi
     np.testing.assert_allclose(model.bottleneck_up(torch.from_numpy(code)), z_hat, atol=1e-12)
     expected = reference.decode_states(weights, config.decoder_config, z_hat)
     np.testing.assert_allclose(model.decode(torch.from_numpy(z_hat)), expected, rtol=0, atol=1e-12)
-
-
-def test_published_implementation_agrees() -> None:
-    checkpoint = open_checkpoint(OFFICIAL)
-    file = TensorFile(OFFICIAL / "expected.safetensors")
-    expected = {name: file.raw(name) for name in file.entries}
-    network = BACKEND.network(checkpoint.config, checkpoint, device="cpu", dtype="float32")
-    pixels, ids = expected["pixel_values"], expected["input_ids"]
-
-    def close(actual: np.ndarray, name: str) -> None:
-        np.testing.assert_allclose(actual, expected[name], rtol=0, atol=TOLERANCE, err_msg=name)
-
-    close(network.latents(pixels), "u")
-    bits = network.encode(pixels)
-    group = checkpoint.config.group_size
-    np.testing.assert_array_equal(bits_to_integers(bits, group), expected["group_indices"])
-    close(network.decode(expected["zq"]), "recon")
-    close(network.hidden_states(pixels, -2), "hidden_m2")
-
-    def unit(x: np.ndarray) -> np.ndarray:
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-
-    images, texts = unit(network.embed_images(pixels)), unit(network.embed_texts(ids))
-    close(images, "image_embeds")
-    close(texts, "text_embeds")
-    scale = np.exp(checkpoint.tensor("logit_scale"))
-    np.testing.assert_allclose(
-        scale * images @ texts.T, expected["logits_per_image"], rtol=1e-4, atol=1e-4
-    )
-
-
-def test_a_wrong_epsilon_is_noticed() -> None:
-    config = CONFIGURATIONS["eva"]
-    weights = random_weights(config)
-    wrong = replace(config, vision_config=replace(config.vision_config, layer_norm_eps=1e-4))
-    with pytest.raises(AssertionError, match="Not equal to tolerance"):
-        assert_same_latents(
-            torch_network(wrong, weights),
-            reference_network(config, weights),
-            random_pixels(config, 3),
-        )
-
-
-@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 0.1), ("float16", 0.02)])
-def test_lower_precision_is_near(dtype: str, tolerance: float) -> None:
-    config = CONFIGURATIONS["eva"]
-    weights = random_weights(config)
-    ours, oracle = torch_network(config, weights, dtype), reference_network(config, weights)
-    pixels, ids = random_pixels(config, 3), random_ids(config, 4)
-    u = oracle.latents(pixels)
-    latents = ours.latents(pixels)
-    np.testing.assert_allclose(latents, u, rtol=0, atol=tolerance)
-    # Normalised in float32 whatever went before: unit length to float32's rounding.
-    np.testing.assert_allclose(np.linalg.norm(latents, axis=-1), 1, atol=1e-6)
-    np.testing.assert_array_equal(ours.encode(pixels), latents > 0)
-    codes = codes_of(config, u)
-    np.testing.assert_allclose(ours.decode(codes), oracle.decode(codes), rtol=0, atol=tolerance)
-    np.testing.assert_allclose(
-        ours.embed_texts(ids), oracle.embed_texts(ids), rtol=0, atol=5 * tolerance
-    )
 
 
 def test_blocks_compile_as_one_graph() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-from qlip_core.checkpoint import WEIGHTS, replace_folder, weight_files
+from qlip_core.checkpoint import weight_files, write_folder
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture, diff_tensors
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.sampling import Sampling
-from qlip_core.tensorfile import TensorFile, write_tensors
+from qlip_core.tensorfile import TensorFile
 
 FOLDER = "generator"  # inside a tokenizer's folder
 
@@ -93,21 +91,10 @@ def save_generator(
     `beside` other text files by name.
     Raises CheckpointError if they do not fit the config or are not finite.
     """
-    folder = Path(folder)
-    if problem := diff_tensors(config, {name: w.shape for name, w in weights.items()}):
-        raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
-    for name, values in weights.items():
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{folder}: not written, {name} has NaN or infinite values")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    temporary.mkdir()
-    try:
-        ordered = {name: weights[name] for name in architecture(config)}
-        write_tensors(temporary / WEIGHTS, ordered, dtype=dtype, metadata={"format": "pt"})
-        for name, text in {**(beside or {}), "config.json": config.to_json()}.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        replace_folder(folder, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return write_folder(
+        Path(folder),
+        {name: weights[name] for name in architecture(config) if name in weights},
+        {**(beside or {}), "config.json": config.to_json()},
+        dtype=dtype,
+        problem=diff_tensors(config, {name: w.shape for name, w in weights.items()}),
+    )

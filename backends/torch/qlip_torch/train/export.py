@@ -16,11 +16,11 @@ from qlip_core.generator.checkpoint import save_generator
 from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.train.checkpoints import latest_checkpoint, read_checkpoint, read_state
 from qlip_torch.train.recipe import GENERATOR
+from qlip_torch.train.stage2 import TRAINED
 from qlip_torch.train.strict import to_toml
 
 RECIPE = "recipe.toml"
 """Beside an exported model: what it was trained by."""
-TRAINED = {1: ("text", "encoder", "down", "up", "decoder"), 2: ("down", "up", "decoder")}
 
 
 def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
@@ -51,7 +51,7 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     tensors = {
         f"{prefix}.{name}": torch.empty(spec.shape)
         for name, spec in architecture(config).items()
-        if spec.part in TRAINED[state["stage"]]
+        if state["stage"] == 1 or spec.part in TRAINED
     }
     read_checkpoint(path, tensors)
     weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}

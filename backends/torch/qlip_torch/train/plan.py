@@ -24,7 +24,7 @@ from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage1Recipe, Stage2Recipe, StageRecipe
 from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
-from qlip_torch.train.stage2 import Stage2Network
+from qlip_torch.train.stage2 import TRAINED, Stage2Network
 from qlip_torch.train.throughput import forward_flops, size_text
 
 # What a compiled block keeps of what a plain one does: it computes pointwise operations anew. Measured at B-16
@@ -36,13 +36,9 @@ _ENTROPY_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The cost of a stage on `devices` devices. Bytes are per device."""
+class Cost:
+    """What any run costs on `devices` devices. Bytes are per device."""
 
-    stage: int
-    parameters: dict[str, int]
-    trained: int
-    discriminator: int
     steps: int
     batch: int
     micro_batch: int
@@ -52,7 +48,6 @@ class Plan:
     precision: str
     state_bytes: int
     activation_bytes: int
-    loss_bytes: int
     flops: float
     """Model FLOPs of one image's training step."""
     rate: float
@@ -64,13 +59,51 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes + self.loss_bytes
+        return self.state_bytes + self.activation_bytes
+
+    def last_lines(self) -> list[str]:
+        """How long it takes, very roughly: runs reach a fifth to two thirds of the products' rate. And
+        whether these are the devices it is meant for."""
+        out = []
+        if self.rate:
+            seconds = self.images * self.flops / (self.rate / 3 * self.devices)
+            units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
+            name, unit = next(pair for pair in units if seconds >= 2 * pair[1] or pair[1] == 1)
+            century = 36525 * 86400
+            length = (
+                f"about {seconds / unit:,.1f} {name}" if seconds < century else "over a century"
+            )
+            out.append(
+                f"  {length}, at a third of what products reach on this device "
+                f"({self.rate / 1e12:.2g} TFLOP/s)"
+            )
+        if self.devices != self.meant_for:
+            out.append(
+                f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
+                "the mathematics is the same, the time is not"
+            )
+        return out
+
+
+@dataclass(frozen=True)
+class Plan(Cost):
+    """The cost of a stage."""
+
+    stage: int
+    parameters: dict[str, int]
+    trained: int
+    discriminator: int
+    loss_bytes: int
+
+    @property
+    def bytes(self) -> int:
+        return super().bytes + self.loss_bytes
 
     def lines(self) -> list[str]:
         """The plan, to print."""
         parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
         passes = "no cache" if self.micro_batches == 1 else "features cached, two passes"
-        out = [
+        return [
             f"stage {self.stage}: {sum(self.parameters.values()) / 1e6:.1f} M parameters ({parts}), "
             f"{self.trained / 1e6:.1f} M trained"
             + (f", discriminator {self.discriminator / 1e6:.1f} M" if self.discriminator else ""),
@@ -81,27 +114,8 @@ class Plan:
             f"  memory per device about {size_text(self.bytes)}: weights, gradients and optimizer "
             f"{size_text(self.state_bytes)}, activations {size_text(self.activation_bytes)}, "
             f"losses {size_text(self.loss_bytes)}",
+            *self.last_lines(),
         ]
-        if self.rate:
-            out.append(time_line(self.images * self.flops, self.rate, self.devices))
-        if self.devices != self.meant_for:
-            out.append(
-                f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
-                "the mathematics is the same, the time is not"
-            )
-        return out
-
-
-def time_line(flops: float, rate: float, devices: int) -> str:
-    """How long so many model FLOPs take, very roughly: runs reach a fifth to two thirds of the products' rate."""
-    seconds = flops / (rate / 3 * devices)
-    units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
-    name, unit = next(pair for pair in units if seconds >= 2 * pair[1] or pair[1] == 1)
-    century = 36525 * 86400
-    length = f"about {seconds / unit:,.1f} {name}" if seconds < century else "over a century"
-    return (
-        f"  {length}, at a third of what products reach on this device ({rate / 1e12:.2g} TFLOP/s)"
-    )
 
 
 def make_plan(
@@ -155,7 +169,7 @@ def make_plan(
 def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parts of the model that a stage trains, and those that it runs."""
     if not isinstance(settings, Stage1Recipe):
-        return ("down", "up", "decoder"), STAGE2_PARTS
+        return TRAINED, STAGE2_PARTS
     return settings.trained, tuple(p for p in PARTS if p == "down" or p not in settings.idle)
 
 

@@ -168,6 +168,16 @@ class RatesRecipe:
     def __post_init__(self) -> None:
         at_least(self, 0, "rest", "encoder", "text", "decoder")
 
+    @property
+    def by_group(self) -> dict[str, float]:
+        """By the names of `qlip_torch.train.optimizers.GROUPS`."""
+        return {
+            "rest": self.rest,
+            "visual_encoder": self.encoder,
+            "text_encoder": self.text,
+            "decoder": self.decoder,
+        }
+
 
 @dataclass(frozen=True)
 class StepsRecipe:

@@ -153,23 +153,12 @@ def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
 
 def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
     """Take gradients from the parameters that this stage does not train."""
-    rates, table = _rates(recipe), architecture(model.config)
+    rates, table = recipe.learning_rate.by_group, architecture(model.config)
     for name, parameter in model.named_parameters():
         asked_for = table[name].part not in recipe.idle
         if not recipe.align and name.startswith(IMAGE_EMBEDDING):
             asked_for = False
         parameter.requires_grad_(asked_for and rates[group_of(name)] > 0)
-
-
-def _rates(recipe: Stage1Recipe) -> dict[str, float]:
-    """The learning rate of each of `optimizers.GROUPS`."""
-    rates = recipe.learning_rate
-    return {
-        "rest": rates.rest,
-        "visual_encoder": rates.encoder,
-        "text_encoder": rates.text,
-        "decoder": rates.decoder,
-    }
 
 
 def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world: World) -> Stage:
@@ -183,10 +172,9 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
     wrapped = spread(
         network, blocks, engine, world, apart=[SCALE], methods=["reconstruct"], half=precision.half
     )
-    rates = _rates(recipe)
-    groups = parameter_groups(model, rates, recipe.weight_decay)
+    groups = parameter_groups(model, recipe.learning_rate.by_group, recipe.weight_decay)
     kind = {"lamb": Lamb, "adamw": partial(torch.optim.AdamW, fused=True)}[recipe.optimizer]
-    optimizer = kind(groups, lr=rates["rest"], betas=recipe.betas, weight_decay=recipe.weight_decay)
+    optimizer = kind(groups, betas=recipe.betas, weight_decay=recipe.weight_decay)
     losses = Stage1Losses(wrapped.module, model, recipe, world)
 
     def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:

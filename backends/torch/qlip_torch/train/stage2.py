@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from qlip_core.architecture import architecture
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import Lpips, build_perceptual, clip_to_signed
 from qlip_torch.train import objectives
@@ -33,6 +34,8 @@ from qlip_torch.train.stage import Backward, LayerProbe, Stage
 from qlip_torch.train.stage1 import objectives_of_code, reconstruct
 
 PARTS = ("encoder", "down", "up", "decoder")
+"""What is in memory."""
+TRAINED = ("down", "up", "decoder")
 
 
 class Encoded(NamedTuple):
@@ -205,31 +208,18 @@ def build_stage2(
 ) -> Stage:
     """Model (on the device, the parts of PARTS) to what the loop steps."""
     precision = Precision.of(engine, world.device)
-    model.requires_grad_(False).train()
-    trained = [model.vision_decoder]
-    for name in ("quant_embed", "quant_embed_post"):
-        if hasattr(model.vision_model, name):
-            trained.append(getattr(model.vision_model, name))
-    for module in trained:
-        module.requires_grad_(True)
+    model.train()
+    table = architecture(model.config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(table[name].part in TRAINED)
     network = Stage2Network(model, precision)
     blocks = model.blocks()
     prepare_blocks(blocks, engine)
     methods = ["encode", "reconstruct"]
     wrapped = spread(network, blocks, engine, world, methods=methods, half=precision.half)
-    rates = recipe.learning_rate
-    groups = parameter_groups(
-        model,
-        {
-            "rest": rates.rest,
-            "visual_encoder": rates.encoder,
-            "text_encoder": rates.text,
-            "decoder": rates.decoder,
-        },
-        recipe.weight_decay,
-    )
+    groups = parameter_groups(model, recipe.learning_rate.by_group, recipe.weight_decay)
     optimizer = torch.optim.AdamW(
-        groups, lr=rates.rest, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
+        groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True
     )
     perceptual = adversary = None
     if recipe.lpips:

@@ -11,9 +11,10 @@ import sys
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+
+from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -51,37 +52,28 @@ class ForwardFlops:
         return total
 
 
-def forward_flops(config: Any) -> ForwardFlops:
-    """FLOPs per image of a QLIP of this configuration (SPEC section 2's attributes).
+def forward_flops(config: QLIPConfig) -> ForwardFlops:
+    """FLOPs per image of a QLIP of this configuration.
 
     The caption is counted at its full `max_position_embeddings` tokens, which is what is run.
     """
     vision, decoder, text = config.vision_config, config.decoder_config, config.text_config
-    patches = (vision.image_size // vision.patch_size) ** 2
-    pixels = vision.num_channels * vision.patch_size**2
-    width, length = vision.hidden_size, _embed_dim(vision)
-    post = vision.hidden_size_post_q or width
+    patches, pixels = config.num_patches, 3 * vision.patch_size**2
+    width, length, post = vision.hidden_size, config.code_dim, vision.hidden_size_post_q
     encoder = 2 * patches * pixels * width + 2 * width * config.projection_dim
     encoder += _tower(vision, patches + 1)
     bottleneck = patches * 2 * (width * width + width * length + length * post + post * post)
     head = decoder.hidden_size * decoder.intermediate_size + decoder.intermediate_size * pixels
     return ForwardFlops(
         encoder=encoder,
-        bottleneck=bottleneck if length else 0.0,
+        bottleneck=bottleneck if vision.quantizer_embed_type == "mlp" else 0.0,
         decoder=_tower(decoder, patches) + patches * 2 * head,
         text=_tower(text, text.max_position_embeddings)
         + 2 * text.hidden_size * config.projection_dim,
     )
 
 
-def _embed_dim(vision: Any) -> int:
-    if vision.quantizer == "none":
-        return 0
-    quantizer = vision.quantizer_cfg
-    return quantizer["embed_dim"] if isinstance(quantizer, dict) else quantizer.embed_dim
-
-
-def _tower(tower: Any, tokens: int) -> float:
+def _tower(tower: TextConfig | VisionConfig, tokens: int) -> float:
     """Transformer blocks: 4 D^2 of projections, 2 or 3 D*I of MLP, 2 T*D of attention a token."""
     width = tower.hidden_size
     mlp = (3 if tower.swiglu else 2) * width * tower.intermediate_size

@@ -18,43 +18,22 @@ from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.generator import Generator
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.stage import LossNetwork
-from qlip_torch.train.plan import Kept, time_line
+from qlip_torch.train.plan import Cost, Kept
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.throughput import size_text
 
 
 @dataclass(frozen=True)
-class GeneratorPlan:
-    """The cost of a run on `devices` devices. Bytes are per device."""
+class GeneratorPlan(Cost):
+    """The cost of a generator's training."""
 
     config: GeneratorConfig
     parameters: int
-    steps: int
-    batch: int
-    micro_batch: int
-    micro_batches: int
-    devices: int
-    meant_for: int
-    precision: str
-    state_bytes: int
-    activation_bytes: int
-    flops: float
-    """Model FLOPs of one image's training step."""
-    rate: float
-    """FLOP/s of matrix products on such a device; 0 where they were not measured."""
-
-    @property
-    def images(self) -> int:
-        return self.steps * self.batch
-
-    @property
-    def bytes(self) -> int:
-        return self.state_bytes + self.activation_bytes
 
     def lines(self) -> list[str]:
         """The plan, to print."""
         config = self.config
-        out = [
+        return [
             f"generator: {self.parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers "
             f"{config.hidden_size} wide; a prefix of {config.prefix_length} and "
             f"{config.tokens_per_image} sub-tokens of {config.group_size} bits a picture",
@@ -66,15 +45,8 @@ class GeneratorPlan:
             f"  memory per device about {size_text(self.bytes)}: weights, "
             f"gradients and optimizer {size_text(self.state_bytes)}, activations "
             f"{size_text(self.activation_bytes)}; the frozen tokenizer comes on top",
+            *self.last_lines(),
         ]
-        if self.rate:
-            out.append(time_line(self.images * self.flops, self.rate, self.devices))
-        if self.devices != self.meant_for:
-            out.append(
-                f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
-                "the mathematics is the same, the time is not"
-            )
-        return out
 
 
 def make_plan(
