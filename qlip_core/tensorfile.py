@@ -6,14 +6,12 @@ versions; the format is simple enough that reading and writing it stand here, te
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import struct
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 
 from qlip_core.errors import CheckpointError
+from qlip_core.files import atomic_file
 
 # Stored type -> numpy type of the bytes. bfloat16 is the upper half of a float32.
 DTYPES = {
@@ -137,20 +136,6 @@ def _stored_as(name: str, values: np.ndarray, dtype: str | None) -> str:
     if kind not in names:
         raise CheckpointError(f"tensor {name}: type {kind} cannot be written")
     return names[kind]
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # -- the header --------------------------------------------------------------------------------

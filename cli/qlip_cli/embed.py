@@ -121,7 +121,8 @@ def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:
     """Write float32 [B, P] with its names. No pickle in either format."""
     import numpy as np
 
-    from qlip_core.tensorfile import atomic_file, write_tensors
+    from qlip_core.files import atomic_file
+    from qlip_core.tensorfile import write_tensors
 
     with writing(outputs[0]):
         if outputs[0].suffix == ".safetensors":

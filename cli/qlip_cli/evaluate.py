@@ -394,7 +394,7 @@ class Saving:
             return
         import json
 
-        from qlip_core.tensorfile import atomic_file
+        from qlip_core.files import atomic_file
 
         text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
         with writing(self.files[name]), atomic_file(self.files[name]) as file:

@@ -102,7 +102,7 @@ def save_picture(
     """Write a picture, or pixels uint8 [H, W, 3], whole or not at all; `text` goes into a PNG."""
     from PIL import Image
 
-    from qlip_core.tensorfile import atomic_file
+    from qlip_core.files import atomic_file
 
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     kind = Image.registered_extensions()[path.suffix.lower()]

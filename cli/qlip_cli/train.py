@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip_cli import options
 from qlip_cli.options import Force, Json
 from qlip_cli.terminal import note, print_facts, print_json, print_line
+
+if TYPE_CHECKING:
+    from qlip_core.training import Trainer
 
 DRY = "dry run: everything was built, nothing trained"
 GENERATOR, BALANCE, EXPORT = "generator", "balance", "export"
@@ -83,19 +86,7 @@ def train(
     if len(rest) > 1:
         raise typer.BadParameter(f"one recipe at a time, got {' '.join(rest)}")
     if mode == EXPORT:
-        if not rest:
-            raise typer.BadParameter("export needs the run folder to export")
-        folder = out or Path(f"{Path(rest[0]).name}-model")
-        if folder.exists() and not force:
-            raise RecipeError(
-                f"{folder}: exists already; name another with -o, or overwrite: --force"
-            )
-        written = trainer.export(Path(rest[0]), folder, dtype=dtype)
-        if json:
-            print_json({"output": str(written)})
-        else:
-            print_line(str(written))
-        return
+        return _export(trainer, rest, out, dtype, force, json)
     if dtype != "float32" or force:
         raise typer.BadParameter("--dtype and --force are for `qlip train export`")
     if mode in (GENERATOR, BALANCE) and stage is not None:
@@ -109,36 +100,47 @@ def train(
     settings = [*(changes or []), *sources]
     name = recipe or default
     run = out or Path("runs") / (Path(name).stem + ("-balance" if mode == BALANCE else ""))
+    how: Any = {"out": run, "resume": resume, "steps": steps, "dry_run": dry_run}
     if mode == BALANCE:
-        found = trainer.balance(
-            name, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
-        )
-        if not _first():
-            return
-        if found is None:
-            note(DRY)
-        elif json:
-            print_json(found)
-        else:
-            print_facts(
-                [(name, f"{v:.4g}" if isinstance(v, float) else v) for name, v in found.items()]
-            )
-        return
+        return _tell_balance(trainer.balance(name, settings, **how), json)
     if resume and recipe is None:
         if settings:
             raise RecipeError("a run is resumed with its own recipe: leave out --set and --data")
     else:
         recipe = name
     if mode == GENERATOR:
-        made = trainer.train_generator(
-            recipe, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
-        )
-        _tell(made, [made["generator"]], json, dry_run)
-        return
-    result = trainer.train(
-        recipe, settings, stage=stage, out=run, resume=resume, steps=steps, dry_run=dry_run
-    )
+        made = trainer.train_generator(recipe, settings, **how)
+        return _tell(made, [made["generator"]], json, dry_run)
+    result = trainer.train(recipe, settings, stage=stage, **how)
     _tell(result, [*result["models"].values(), result["report"]], json, dry_run)
+
+
+def _export(
+    trainer: Trainer, words: list[str], out: Path | None, dtype: str, force: bool, json: bool
+) -> None:
+    from qlip_core.errors import RecipeError
+
+    if not words:
+        raise typer.BadParameter("export needs the run folder to export")
+    folder = out or Path(f"{Path(words[0]).name}-model")
+    if folder.exists() and not force:
+        raise RecipeError(f"{folder}: exists already; name another with -o, or overwrite: --force")
+    written = trainer.export(Path(words[0]), folder, dtype=dtype)
+    if json:
+        print_json({"output": str(written)})
+    else:
+        print_line(str(written))
+
+
+def _tell_balance(found: dict[str, Any] | None, json: bool) -> None:
+    if not _first():
+        return
+    if found is None:
+        note(DRY)
+    elif json:
+        print_json(found)
+    else:
+        print_facts([(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in found.items()])
 
 
 def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: bool) -> None:

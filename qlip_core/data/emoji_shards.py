@@ -2,18 +2,17 @@
 
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 import qlip_core
 from qlip_core.data.emoji_set import EmojiSet, Split
 from qlip_core.errors import DataError
+from qlip_core.files import atomic_file, write_text
 
 
 def write_shards(
@@ -53,7 +52,8 @@ def write_shards(
     for number, start in enumerate(range(0, count, shard_size)):
         names.append(f"{number:05d}.tar")
         indices = range(start, min(start + shard_size, count))
-        _replace(out / names[-1], partial(_write_tar, emoji, indices, progress))
+        with atomic_file(out / names[-1]) as file:
+            _write_tar(emoji, indices, progress, file)
     about = {
         "format": "webdataset",
         "set": "emoji",
@@ -71,7 +71,7 @@ def write_shards(
         },
     }
     text = json.dumps(about, indent=2) + "\n"
-    _replace(out / "dataset.json", lambda file: file.write(text.encode()))
+    write_text(out / "dataset.json", text)
     return about
 
 
@@ -81,21 +81,11 @@ def _set_files(folder: Path) -> list[Path]:
     return [path for path in (folder / "dataset.json", *shards) if path.exists()]
 
 
-def _replace(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            write(file)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def _write_tar(
     emoji: EmojiSet,
     indices: range,
     progress: Callable[[int], None] | None,
-    file: io.BufferedWriter,
+    file: BinaryIO,
 ) -> None:
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for index in indices:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from qlip_core.data.samples import (
     Sample,
     make_sample,
 )
+from qlip_core.files import atomic_file
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp"})
 _BLOCK = 512
@@ -284,18 +284,12 @@ def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]])
 
     The file appears whole or not at all.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
     count = 0
-    try:
-        with part.open("wb") as file, tarfile.open(fileobj=file, mode="w") as tar:
-            for key, files in samples:
-                for suffix, data in files.items():
-                    info = tarfile.TarInfo(f"{key}.{suffix}")
-                    info.size, info.mtime, info.mode = len(data), 0, 0o644
-                    tar.addfile(info, io.BytesIO(data))
-                count += 1
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with atomic_file(Path(path)) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        for key, files in samples:
+            for suffix, data in files.items():
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size, info.mtime, info.mode = len(data), 0, 0o644
+                tar.addfile(info, io.BytesIO(data))
+            count += 1
     return count

@@ -6,13 +6,13 @@ both forms, so any text encodes. The two special tokens have the last two ids.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from qlip_core.errors import DataError
+from qlip_core.files import write_text
 from qlip_core.text import END, END_OF_WORD, PATTERN, START
 
 
@@ -56,11 +56,11 @@ def train_bpe(
         "model_max_length": context_length,
         "tokenizer_class": "CLIPTokenizer",
     }
-    _write(out / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    write_text(out / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
     lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    _write(out / "merges.txt", "\n".join(lines) + "\n")
-    _write(out / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-    _write(out / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
+    write_text(out / "merges.txt", "\n".join(lines) + "\n")
+    write_text(out / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+    write_text(out / "special_tokens_map.json", json.dumps(special, indent=2) + "\n")
     return len(vocabulary)
 
 
@@ -92,9 +92,3 @@ def _learn(
     model = json.loads(learner.to_str())["model"]
     merges = [(left, right) for left, right in model["merges"]]
     return model["vocab"], merges
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(part, path)

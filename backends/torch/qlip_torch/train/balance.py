@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlip_core.errors import RecipeError
+from qlip_core.files import write_text
 from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
-from qlip_torch.train.strict import write_whole
 
 BALANCED = "balanced.toml"
 PROBES = {
@@ -79,7 +79,7 @@ def balance(
     weight = float(f"{recipe.stage1.align * align / mse:.3g}")
     balanced = recipe.changed([f"stage1.mse={weight}"])
     path = out / BALANCED
-    write_whole(path, balanced.to_toml())
+    write_text(path, balanced.to_toml())
     return Balance(mse, align, weight, recipe.stage1.align, path)
 
 

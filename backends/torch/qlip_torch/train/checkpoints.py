@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -30,6 +29,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from qlip_core.errors import CheckpointError
+from qlip_core.files import write_text
 from qlip_torch.train.distributed import World, lost_a_peer, peer_error
 
 LATEST, STATE = "latest", "state.json"
@@ -135,9 +135,7 @@ class Checkpoints:
             return
         self._clear(final)
         part.rename(final)
-        pointer = self.folder / f".{LATEST}.part"
-        pointer.write_text(final.name + "\n", encoding="utf-8")
-        os.replace(pointer, self.folder / LATEST)
+        write_text(self.folder / LATEST, final.name + "\n")
         self._rotate(final)
 
     def _rotate(self, newest: Path) -> None:

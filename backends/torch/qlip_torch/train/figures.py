@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from qlip_core.files import atomic_file
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 
 _GAP = 2
@@ -36,7 +35,8 @@ def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
             large = image.repeat(scale, 0).repeat(scale, 1)
             sheet[r * step : r * step + side * scale, c * step : c * step + side * scale] = large
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, lambda file: Image.fromarray(sheet).save(file, "png"))
+    with atomic_file(path) as file:
+        Image.fromarray(sheet).save(file, "png")
 
 
 def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
@@ -79,12 +79,6 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis.set_yscale("log")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
-    _replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
+    with atomic_file(path) as file:
+        figure.savefig(file, format="png", dpi=100)
     return True
-
-
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        write(file)
-    os.replace(part, path)

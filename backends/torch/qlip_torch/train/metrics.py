@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from qlip_core.files import write_text
 from qlip_torch.train.stage import StepReport
 from qlip_torch.train.throughput import matmul_rate, peak_memory, size_text
 
@@ -205,9 +206,7 @@ def _forget_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from pathlib import Path
 
 import torch
 
+from qlip_core.files import write_text
 from qlip_torch.train.checkpoints import latest_checkpoint, read_state
 from qlip_torch.train.metrics import duration, read_metrics
 from qlip_torch.train.recipe import Recipe
@@ -40,9 +40,7 @@ def write_report(
                 *_stage(number, folder, validations.get(number, []), recipe.stage2.perceptual),
             ]
     path = out / REPORT
-    part = path.with_name(f".{REPORT}.part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, "\n".join(lines) + "\n")
     return path
 
 

@@ -24,6 +24,7 @@ from qlip_core.architecture import PARTS
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import RecipeError
+from qlip_core.files import write_text
 from qlip_torch.model import QLIP
 from qlip_torch.train.assemble import (
     STAGE_MODEL,
@@ -51,7 +52,6 @@ from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
-from qlip_torch.train.strict import write_whole
 from qlip_torch.train.throughput import forward_flops, matmul_rate
 from qlip_torch.train.validation import validate_emoji
 
@@ -211,8 +211,8 @@ def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
         if not (out / TOKENIZER).is_dir():
             write_tokenizer(recipe, out / TOKENIZER)
         # Last: a folder without it is no run yet.
-        write_whole(out / STAGES, stage + "\n")
-        write_whole(out / RECIPE, recipe.to_toml())
+        write_text(out / STAGES, stage + "\n")
+        write_text(out / RECIPE, recipe.to_toml())
     world.barrier()
 
 

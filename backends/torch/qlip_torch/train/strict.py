@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import os
 import types
 import typing
 from collections.abc import Mapping
@@ -72,18 +71,6 @@ def _toml_value(value: Any) -> str:
     if isinstance(value, str):
         return toml_string(value)
     return str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of a run so that at every instant the old one or the new one is there, whole."""
-    if path.is_file() and path.read_bytes() == text.encode():
-        return
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # -- strict building ---------------------------------------------------------------------------

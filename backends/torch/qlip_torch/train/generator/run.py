@@ -20,6 +20,7 @@ import torch
 from qlip_core.backends import get_backend
 from qlip_core.checkpoint import open_checkpoint
 from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.files import write_text
 from qlip_core.generator.architecture import diff_tensors, init_weights
 from qlip_core.generator.checkpoint import FOLDER, open_generator
 from qlip_core.generator.conditioning import Conditioner, TextTower
@@ -41,7 +42,6 @@ from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.run import RECIPE, begun, check_same_run
-from qlip_torch.train.strict import write_whole
 from qlip_torch.train.throughput import matmul_rate
 
 
@@ -83,7 +83,7 @@ def train_generator(
             return GeneratorResult(out, None, run.dry())
         if world.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            write_whole(out / RECIPE, recipe.to_toml())
+            write_text(out / RECIPE, recipe.to_toml())
         world.barrier()
         plan = run.train()
     return GeneratorResult(out, out / FOLDER, plan)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from qlip_core.files import atomic_file
 from qlip_core.generator.conditioning import Conditioner
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.generate import Request, TokenDrawer
@@ -65,6 +66,5 @@ def save_samples(
     told.add_itxt("prompts", "\n".join(log.prompts))
     told.add_itxt("seed", str(log.seed))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    Image.fromarray(sheet).save(part, "png", pnginfo=told)
-    part.replace(path)
+    with atomic_file(path) as file:
+        Image.fromarray(sheet).save(file, "png", pnginfo=told)
