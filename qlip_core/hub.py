@@ -15,12 +15,12 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
 
 def find_model(model: str | Path | None, revision: str | None = None) -> Path:
-    """The folder or `.safetensors` file of a model; None: the one that ships with qlip.
+    """The folder or `.safetensors` file of a model; None or "bundled": the one that ships with qlip.
 
     A hub id is fetched once and then found in the cache, also without network. Raises
     CheckpointError for what is not there.
     """
-    if model is None:
+    if model is None or (str(model) == "bundled" and not Path(model).exists()):
         if not BUNDLED.is_dir():
             raise CheckpointError(
                 "no model named, and none ships with this build of qlip: name a folder or a hub id, "

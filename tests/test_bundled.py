@@ -13,7 +13,7 @@ from PIL import Image
 import qlip_core as qlip
 from qlip_core import bsq
 from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
-from qlip_core.hub import BUNDLED
+from qlip_core.hub import BUNDLED, find_model
 from qlip_core.metrics import psnr
 
 SHARD = Path(__file__).parent / "data" / "emoji-96.tar"
@@ -103,6 +103,14 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt() -> None
     corners = apple[[0, 0, -1, -1], [0, -1, 0, -1]].mean(0)
     middle = apple[40:56, 40:56].mean((0, 1))
     assert corners[2] > corners[0] + 50 and middle[0] > middle[2] + 50
+
+
+def test_it_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless something of that name lies here."""
+    monkeypatch.chdir(tmp_path)
+    assert find_model("bundled") == find_model(None) == BUNDLED
+    (tmp_path / "bundled").mkdir()
+    assert find_model("bundled") == Path("bundled")
 
 
 def test_a_runs_report_says_what_the_model_does(reference: qlip.Model) -> None:

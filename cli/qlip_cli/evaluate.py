@@ -336,8 +336,7 @@ def load(
     dtype: str,
     generator: Path | None = None,
 ) -> Model:
-    name = None if model == BUNDLED else model
-    return options.load_model(name, revision, backend, device, dtype, generator)
+    return options.load_model(model, revision, backend, device, dtype, generator)
 
 
 def stored(data: str, limit: int | None, classes: Path | None = None) -> Examples:

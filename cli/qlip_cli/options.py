@@ -26,7 +26,7 @@ ModelName = Annotated[
         "-m",
         metavar="MODEL",
         show_default=False,
-        help="Folder, .safetensors file or hub id (default: the model that ships with qlip).",
+        help="Folder, .safetensors file or hub id (default: bundled, the model that ships with qlip).",
     ),
 ]
 Revision = Annotated[
