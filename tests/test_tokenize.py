@@ -31,7 +31,7 @@ from qlip_core.data import token_shards
 from qlip_core.data.background import in_background
 from qlip_core.data.draws import stable_hash
 from qlip_core.data.permutation import mixed, permute, permuted
-from qlip_core.data.samples import Bad
+from qlip_core.data.samples import Bad, Limits
 from qlip_core.data.shards import iter_samples, open_source, write_tar
 from qlip_core.data.token_format import Settings
 from qlip_core.data.token_shards import TokenShards
@@ -182,6 +182,17 @@ def test_a_key_that_is_not_unicode_keeps_its_bytes(tmp_path: Path, model: qlip.M
 
 def entry(seed: int) -> dict[str, bytes]:
     return {"png": png(seed), "txt": b"caption"}
+
+
+def test_labels_come_along_where_there_are_any(tmp_path: Path, model: qlip.Model) -> None:
+    """As of a set of classes: a label each, and no caption."""
+    write_tar(tmp_path / "0.tar", [("a", {"png": png(0), "cls": b"7\n"}), ("b", {"png": png(1)})])
+    write_tar(tmp_path / "1.tar", [("c", {"png": png(2)})])
+    source = open_source(str(tmp_path), Limits(caption=False))
+    tokenize(model, source, tmp_path / "out")
+    shards = TokenShards(tmp_path / "out", model.fingerprint)
+    assert shards.labels([2, 0, 1]) == ["", "7", ""] and shards.captions([0]) == [""]
+    assert "labels" not in shards.headers[1].entries
 
 
 def test_folders_and_parquet_become_shards_too(

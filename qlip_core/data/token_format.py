@@ -1,8 +1,9 @@
-"""The token shard: tokens, captions and keys of one input shard in one safetensors file.
+"""The token shard: tokens, captions, keys and labels of one input shard in one safetensors file.
 
 Tensors: `bits` uint8 [n, ceil(N*L/8)], packed as in a `.qlip` file; with augmentation "flip" also
 `bits_flipped`, of the mirrored pictures; `captions` and `keys`, UTF-8 one after the other, uint8 [bytes],
-with `caption_offsets` and `key_offsets` int64 [n+1]: text i lies from offset i to offset i+1.
+with `caption_offsets` and `key_offsets` int64 [n+1]: text i lies from offset i to offset i+1; where the
+input has them, `labels` and `label_offsets` likewise.
 The metadata says what made them; docs/formats.md lists it.
 """
 
@@ -126,13 +127,13 @@ class Header:
 
 
 class ShardWriter:
-    """Gathers one shard in memory - of each image its packed bits, caption and key - and writes it."""
+    """Gathers one shard in memory - of each image its packed bits, caption, key, label - and writes it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._bits: list[np.ndarray] = []
         self._flipped: list[np.ndarray] = []
-        self._captions, self._keys = _Texts(), _Texts()
+        self._captions, self._keys, self._labels = _Texts(), _Texts(), _Texts()
 
     def add(
         self,
@@ -140,15 +141,17 @@ class ShardWriter:
         flipped: np.ndarray | None,
         captions: Sequence[str],
         keys: Sequence[str],
+        labels: Sequence[str],
     ) -> None:
-        """Packed bits uint8 [b, row_bytes] of b images; `flipped` of their mirror images."""
-        assert len(packed) == len(captions) == len(keys)
+        """Packed bits uint8 [b, row_bytes] of b images; `flipped` of their mirror images; a label may be ""."""
+        assert len(packed) == len(captions) == len(keys) == len(labels)
         assert (flipped is not None) == self._settings.flips
         self._bits.append(packed)
         if flipped is not None:
             self._flipped.append(flipped)
         self._captions.extend(captions)
         self._keys.extend(keys)
+        self._labels.extend(labels)
 
     def write(self, path: Path, origin: Origin, backend: str, skipped: dict[str, Any]) -> None:
         """Whole or not at all. The bytes depend on what was added and on these arguments alone."""
@@ -159,6 +162,9 @@ class ShardWriter:
             tensors["bits_flipped"] = np.concatenate([*self._flipped, empty])
         tensors["captions"], tensors["caption_offsets"] = self._captions.arrays()
         tensors["keys"], tensors["key_offsets"] = self._keys.arrays()
+        labels, offsets = self._labels.arrays()
+        if len(labels):
+            tensors |= {"labels": labels, "label_offsets": offsets}
         named = [text[:MAX_NAME] for text in skipped["named"][:MAX_NAMED]]
         metadata = {
             "format": FORMAT,
@@ -264,7 +270,10 @@ def _parse(meta: dict[str, str], file: TensorFile) -> Header:
         shapes["bits_flipped"] = shapes["bits"]
     for name, shape in shapes.items():
         _expect(file, name, "U8", shape)
-    for blob, offsets in (("captions", "caption_offsets"), ("keys", "key_offsets")):
+    texts = [("captions", "caption_offsets"), ("keys", "key_offsets")]
+    if "labels" in file.entries:
+        texts.append(("labels", "label_offsets"))
+    for blob, offsets in texts:
         _expect(file, blob, "U8", file.entries[blob].shape[:1])
         _expect(file, offsets, "I64", (count + 1,))
     size = max(entry.end for entry in file.entries.values())

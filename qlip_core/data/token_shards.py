@@ -157,6 +157,10 @@ class TokenShards:
         """Keys of images by number: what their set calls them."""
         return self._texts(self._indices(rows), "keys", "key_offsets")
 
+    def labels(self, rows: Rows) -> list[str]:
+        """Labels of images by number; "" where the input had none."""
+        return self._texts(self._indices(rows), "labels", "label_offsets")
+
     # -- in order ----------------------------------------------------------------------------
 
     def batches(
@@ -259,6 +263,8 @@ class TokenShards:
     def _texts(self, indices: np.ndarray, blob: str, offsets: str) -> list[str]:
         texts = [""] * len(indices)
         for shard, places in self._by_shard(indices):
+            if blob not in self.headers[shard].entries:
+                continue
             data, bounds = self._tensor(shard, blob), self._tensor(shard, offsets)
             for place, row in zip(
                 places.tolist(), (indices[places] - self._starts[shard]).tolist()

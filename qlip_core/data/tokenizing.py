@@ -106,7 +106,7 @@ def tokenize(
                 tally.add(event)
             elif isinstance(event, _Batch):
                 packed, flipped = _encode(model, event.pixels, settings.flips)
-                writer.add(packed, flipped, event.captions, event.keys)
+                writer.add(packed, flipped, event.captions, event.keys, event.labels)
                 if progress is not None:
                     progress(len(packed))
             else:
@@ -215,6 +215,7 @@ class _Batch:
     pixels: np.ndarray
     captions: list[str]
     keys: list[str]
+    labels: list[str]
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def _prepared(
     pixels: list[np.ndarray] = []
     captions: list[str] = []
     keys: list[str] = []
+    labels: list[str] = []
     events = _decoded(source, units, model, 2 * batch_size + workers, workers)
     with closing(events):
         for event in events:
@@ -256,9 +258,10 @@ def _prepared(
                     continue
                 captions.append(event.sample.caption)
                 keys.append(event.sample.key)
+                labels.append(str(event.sample.meta.get("label", "")))
             if pixels and (len(pixels) == batch_size or isinstance(event, _Done)):
-                yield _Batch(np.stack(pixels), captions, keys)
-                pixels, captions, keys = [], [], []
+                yield _Batch(np.stack(pixels), captions, keys, labels)
+                pixels, captions, keys, labels = [], [], [], []
             if isinstance(event, _Done):
                 yield event
 
