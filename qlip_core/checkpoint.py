@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from qlip_core.architecture import PARTS, architecture, diff_tensors
-from qlip_core.config import QLIPConfig, settings_of
+from qlip_core.config import QLIPConfig, unshown
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import find_model
 from qlip_core.preprocessing import Preprocessing
@@ -87,7 +87,8 @@ class Checkpoint:
         edited by hand need not.
         """
         config, pixels = self.config, self.preprocessing
-        settings = [settings_of(config.vision_config), settings_of(config.decoder_config)]
+        encoder = unshown(config.vision_config, bottleneck=True)
+        settings = [encoder, unshown(config.decoder_config)]
         return self._digest(
             [part for part in PARTS if part != "text"], [*settings, pixels.mean, pixels.std]
         )
@@ -95,7 +96,8 @@ class Checkpoint:
     @cached_property
     def text_fingerprint(self) -> str:
         """The same for the text tower: what a generator that takes its captions from it depends on."""
-        return self._digest(["text"], [settings_of(self.config.text_config)])
+        text = self.config.text_config
+        return self._digest(["text"], [unshown(text), text.eos_token_id])
 
     def _digest(self, parts: list[str], settings: list[Any]) -> str:
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
@@ -281,6 +283,8 @@ def replace_folder(folder: Path, temporary: Path) -> None:
 
     Killed in between, the older one is left beside it, as `.NAME.*.old`.
     """
+    if folder.is_symlink():
+        folder = folder.resolve()
     if not folder.exists():
         temporary.rename(folder)
         return
@@ -288,11 +292,8 @@ def replace_folder(folder: Path, temporary: Path) -> None:
     folder.rename(old)
     temporary.rename(folder)
     ours = (
-        "config.json",
-        "preprocessor_config.json",
-        "model*.safetensors",
-        INDEX,
-        *TOKENIZER_FILES,
+        *("config.json", "preprocessor_config.json", "recipe.toml", "README.md"),
+        *("model*.safetensors", INDEX, *TOKENIZER_FILES),
     )
     for entry in old.iterdir():
         if not (folder / entry.name).exists() and not any(map(entry.match, ours)):

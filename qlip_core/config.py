@@ -319,13 +319,22 @@ class QLIPConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-def settings_of(config: TextConfig | VisionConfig) -> dict[str, Any]:
-    """All settings of a tower, defaults spelled out, in JSON types."""
-    values = dataclasses.asdict(config)
-    quantizer = values.get("quantizer_cfg", {})
-    for found in (values, quantizer):
-        found.pop("written", None)
-    return values
+# What a forward pass depends on and no tensor's name or shape shows.
+_UNSHOWN = (
+    "image_size",
+    "patch_size",
+    "num_attention_heads",
+    "hidden_act",
+    "layer_norm_eps",
+    "rope",
+)
+_UNSHOWN_BOTTLENECK = ("quantizer", "quantizer_embed_type", "quantizer_l2_norm")
+
+
+def unshown(config: TextConfig | VisionConfig, *, bottleneck: bool = False) -> dict[str, Any]:
+    """The settings of a tower that decide what it computes and that its tensors do not show."""
+    names = (*_UNSHOWN, *(_UNSHOWN_BOTTLENECK if bottleneck else ()))
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 # -- strict reading ----------------------------------------------------------------------------

@@ -47,6 +47,8 @@ def from_hub(name: str, revision: str | None = None, wanted: Sequence[str] = _WA
 
     Raises CheckpointError, which says what to do about it, where the hub does not give them.
     """
+    if not _HUB_ID.fullmatch(name):
+        raise CheckpointError(f"{name}: no such folder or file, and not a hub id (owner/name)")
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:

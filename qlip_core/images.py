@@ -36,7 +36,11 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _from_array(image, name or "array")
     if isinstance(image, Image.Image):
-        return _decoded(lambda: to_rgb(image), name or "PIL image")
+        name = name or "PIL image"
+        try:
+            return _decoded(lambda: to_rgb(image), name)
+        except UnidentifiedImageError as error:
+            raise ImageError(f"{name}: not an image ({error})") from None
     if isinstance(image, bytes):
         return _decode(io.BytesIO(image), name or "image data")
     path = Path(image)
@@ -72,6 +76,8 @@ def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
         image = decode()
     except UnidentifiedImageError:
         raise
+    except Warning as warning:  # where the process makes errors of them
+        raise ImageError(f"{name}: {warning}") from None
     except Image.DecompressionBombError:
         raise ImageError(
             f"{name}: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb, or shrink "

@@ -133,7 +133,7 @@ class VisualTokens:
             if not -len(self) <= key < len(self):
                 raise IndexError(f"image {key} of {len(self)}")
             key = [int(key)]
-        rows = np.arange(len(self))[key if isinstance(key, slice) else np.asarray(key)]
+        rows = np.arange(len(self))[list(key) if isinstance(key, tuple) else key]
         names = tuple(self.names[i] for i in rows) if self.names else ()
         return replace(self, packed=self.packed[rows], names=names)
 

@@ -208,6 +208,11 @@ def test_writing_over_a_folder_leaves_what_is_not_the_models(
     # Parts of an older model would be read as the new one's.
     assert not list(out.glob("model-*")) and not (out / "vocab.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    # What is said of the model goes with it, also behind a link.
+    (tmp_path / "link").symlink_to(out)
+    qlip.save_checkpoint(tmp_path / "link", checkpoint.config, weights)
+    assert not (out / "recipe.toml").exists() and (out / "notes.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
     assert qlip.open_checkpoint(out).fingerprint == checkpoint.fingerprint
 
 

@@ -475,11 +475,14 @@ def test_parquet_is_read_on_where_a_connection_broke(tmp_path, monkeypatch):
 
         def some(*args, **kwargs):
             for number, batch in enumerate(batches(*args, **kwargs)):
-                if number == 1 and len(broken) < 2:
-                    broken.append(number)
+                if number == 1 and len(broken) < 3:
+                    broken.append("while reading")
                     raise OSError("connection reset")
                 yield batch
 
+        if len(broken) == 1:
+            broken.append("when opened again")
+            raise OSError("network unreachable")
         return types.SimpleNamespace(iter_batches=some)
 
     fsspec.filesystem("memory").pipe("/p.parquet", Path(path).read_bytes())
@@ -487,7 +490,7 @@ def test_parquet_is_read_on_where_a_connection_broke(tmp_path, monkeypatch):
     assert isinstance(source, ParquetSource)
     monkeypatch.setattr(parquet._File, "__enter__", breaking)
     got = [list(source.read_shard(0, part=p, parts=2)) for p in (0, 1)]
-    assert len(broken) == 2
+    assert broken == ["while reading", "when opened again", "while reading"]
     assert got == [[(0, items[0]), (2, items[2])], [(1, items[1]), (3, items[3])]]
 
 

@@ -72,6 +72,7 @@ def test_any_sequence_of_numbers_picks_images() -> None:
     tokens = VisualTokens.from_bits(np.eye(4, dtype=np.uint8).reshape(2, 2, 4), (1, 2))
     for key in ([1, 0], (1, 0), np.array([1, 0])):
         assert tokens[key] == tokens[1] + tokens[0]
+    assert len(tokens[[]]) == 0
 
 
 def test_padding_bits_do_not_count(tmp_path: Path) -> None:

@@ -620,6 +620,8 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
         ("model.pach_size=8", r'unknown key "model\.pach_size".*did you mean "model\.patch_size"'),
         ("stage1.steps=many", r"stage1\.steps must be a int, got 'many'"),
         ("stage1.learning_rate={ rest=0, encoder=0, text=0, decoder=0 }", "every rate is 0"),
+        ("stage1={ align=0, mse=0, bsq=0, commitment=0 }", "nothing is minimised"),
+        ("stage1={ align=0, learning_rate={ rest=0, encoder=0, decoder=0 } }", "no loss asks for"),
         ("stage1.steps=0", r"stage1\.steps \(=0\) must be at least 1"),
         ("stage1.betas=[0.9]", r"stage1\.betas must have 2 values"),
         ("engine.parallel=zero", r"engine\.parallel is 'zero', expected one of ddp, fsdp"),

@@ -158,7 +158,7 @@ def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: 
 
 def _first() -> bool:
     """Whether this is the process that speaks, of those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _sources(data: list[str] | None, where: str = "data") -> list[str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlip_core.data.locations import local_path, scheme, wait_to_retry
+from qlip_core.data.locations import RETRIES, local_path, scheme, wait_to_retry
 from qlip_core.data.samples import BROKEN_ARCHIVE, TOO_LARGE, Bad, Limits, Sample, make_sample
 from qlip_core.errors import DataError
 
@@ -44,12 +44,15 @@ class ParquetSource:
         groups: list[tuple[int, int, int]] = []
         columns = []
         for number, name in enumerate(files):
-            with _File(name) as file:
-                columns.append(_find_columns(name, file.schema_arrow, limits.caption))
-                first = 0
-                for group in range(file.metadata.num_row_groups):
-                    groups.append((number, group, first))
-                    first += file.metadata.row_group(group).num_rows
+            try:
+                with _File(name) as file:
+                    columns.append(_find_columns(name, file.schema_arrow, limits.caption))
+                    first = 0
+                    for group in range(file.metadata.num_row_groups):
+                        groups.append((number, group, first))
+                        first += file.metadata.row_group(group).num_rows
+            except OSError as error:
+                raise DataError(f"{name}: cannot be read ({error})") from None
         if not groups:
             raise DataError(f"{location}: the parquet files hold no rows")
         return cls(location, tuple(files), tuple(groups), tuple(columns), limits)
@@ -85,8 +88,10 @@ class ParquetSource:
             except (OSError, ValueError) as error:  # what pyarrow raises derives from these
                 if isinstance(error, DataError):
                     raise
-                if isinstance(error, OSError) and scheme(name):
-                    failures += 1
+                # A connection may come back, and what it brought before is not read again. That pyarrow
+                # calls damaged pages by the same name shows when they are no better the last time.
+                failures += 1
+                if isinstance(error, OSError) and scheme(name) and failures <= RETRIES:
                     wait_to_retry(name, failures, error)
                     continue
                 if row >= skip and row % parts == part:
@@ -138,7 +143,7 @@ class _File:
             try:
                 opener: Any = fsspec.open(self._name, "rb")
                 source = opener.open()
-            except (ImportError, ValueError, OSError) as error:
+            except (ImportError, ValueError) as error:
                 raise DataError(f"{self._name}: {error}") from None
         try:
             self._file = pq.ParquetFile(source)

@@ -124,8 +124,9 @@ class Checkpoints:
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
             if self._world.is_first:
                 self._clear(part)
-            if lost := next(filter(lost_a_peer, _causes(error)), None):
-                raise peer_error(lost) from None
+            lost = [cause for cause in _causes(error) if lost_a_peer(cause)]
+            if lost and self._world.size > 1:
+                raise peer_error(lost[0]) from None
             raise CheckpointError(
                 f"{final}: the checkpoint cannot be written ({_cause(error)}); the one before it is kept: "
                 "free some space, then go on with --resume"

@@ -153,6 +153,8 @@ def peer_error(error: BaseException) -> PeerError:
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an error of a collective says that another rank is gone."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return False  # a disk's, whatever its path is called
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()

@@ -256,6 +256,12 @@ class Stage1Recipe(StageRecipe):
         rates = self.learning_rate
         if not any((rates.rest, rates.encoder, rates.text, rates.decoder)):
             raise RecipeError("learning_rate: every rate is 0, so nothing would be trained")
+        if not (self.align or self.bsq or self.decodes):
+            raise RecipeError("align, mse, bsq and commitment are all 0: nothing is minimised")
+        if not self.trained:
+            raise RecipeError(
+                "learning_rate: no loss asks for the parts whose rate is above 0, so nothing would be trained"
+            )
 
     @property
     def idle(self) -> tuple[str, ...]:

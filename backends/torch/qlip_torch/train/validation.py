@@ -26,7 +26,7 @@ def validate_emoji(
     Two things are kept apart: names that training saw, in renderings it did not see, and names it never
     saw, which alone deserve the word zero-shot.
     """
-    model = load(folder, backend="torch", device=str(device))
+    model = load(folder, backend="torch", device="cpu" if device.type == "cpu" else str(device))
     size = model.config.image_size
     seen = reconstruction_examples(size, scenes)
     scores = evaluate_reconstruction(model, seen, batch_size=64, shown=0).scores
