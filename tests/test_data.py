@@ -1055,6 +1055,28 @@ def test_workers_end_with_a_trainer_that_is_killed():
     assert group_is_gone(process.pid)
 
 
+def test_workers_end_with_a_trainer_that_is_killed_while_they_start():
+    script = """
+import os, time
+os.register_at_fork(after_in_child=lambda: time.sleep(1),
+                    after_in_parent=lambda: print("forked", flush=True))
+""" + SCRIPT
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+    )
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["forked\n"] * 2
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert group_is_gone(process.pid)
+
+
 def group_is_gone(group: int) -> bool:
     for _ in range(300):
         try:

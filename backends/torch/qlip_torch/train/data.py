@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -378,12 +379,15 @@ def _start_worker(worker: int) -> None:
         signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
     )
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def _end_with_the_trainer() -> None:
     # torch's own watch looks only between batches, and then can wait for ever on its full result queue.
-    while os.getppid() == parent:
+    # The trainer may be gone before this line runs, so a change of parent alone would be missed; and its
+    # pipe alone, since workers forked later hold it open as well.
+    parent, trainer = os.getppid(), multiprocessing.parent_process()
+    while os.getppid() == parent and trainer is not None and trainer.is_alive():
         time.sleep(1.0)
     os._exit(1)
 
