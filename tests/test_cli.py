@@ -100,7 +100,8 @@ def test_a_folder_goes_to_one_file_with_names(cli: Qlip, model: qlip.Model) -> N
 
     run = cli("decode", "photos.qlip", "-o", "out", "--batch-size", "2", "--json")
     expected = ["out/1.png", "out/2.png", "out/more/3.png"]
-    assert run.json == {"output": "out", "images": 3, "size": 64, "files": expected}
+    facts = {"output": "out", "images": 3, "size": 64, "files": expected, "failed": []}
+    assert run.json == facts
     for name, pixels in zip(expected, model.decode(tokens)):
         np.testing.assert_array_equal(np.asarray(Image.open(name)), pixels)
     assert not list(Path().glob(".*"))

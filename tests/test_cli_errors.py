@@ -263,6 +263,21 @@ def test_bad_token_files(cli: Qlip) -> None:
             assert cli("info", name, plain=True).error == error
 
 
+def test_one_bad_token_file_among_good_ones(cli: Qlip) -> None:
+    cli("encode", "good.png")
+    data = Path("good.qlip").read_bytes()
+    for name in ("cut.qlip", "short.qlip"):
+        Path(name).write_bytes(data[:-50])
+    run = cli("decode", "cut.qlip", "good.qlip", "absent.qlip", "--json")
+    assert (run.code, run.json["files"]) == (1, ["decoded/good.png"])
+    assert [each["file"] for each in run.json["failed"]] == ["cut.qlip", "absent.qlip"]
+    assert "2 of 3 token files could not be read:" in run.err
+    assert cli("decode", "cut.qlip", "good.qlip", "-o", "one.png").code == 1
+    assert Path("one.png").is_file()
+    run = cli("decode", "cut.qlip", "short.qlip")
+    assert run.code == 2 and "none of the 2 token files could be read" in run.err
+
+
 def test_tokens_of_another_model(cli: Qlip) -> None:
     cli("encode", "good.png")
     tokens = qlip.VisualTokens.load("good.qlip")

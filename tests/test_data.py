@@ -1056,11 +1056,14 @@ def test_workers_end_with_a_trainer_that_is_killed():
 
 
 def test_workers_end_with_a_trainer_that_is_killed_while_they_start():
-    script = """
+    script = (
+        """
 import os, time
 os.register_at_fork(after_in_child=lambda: time.sleep(1),
                     after_in_parent=lambda: print("forked", flush=True))
-""" + SCRIPT
+"""
+        + SCRIPT
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
         stdout=subprocess.PIPE,

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip_cli import options
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import PictureFolder, picture_file, safe_names, save_picture
-from qlip_cli.terminal import count_text, print_json, print_line, progress
+from qlip_cli.outputs import PICTURES, PictureFolder, picture_file, safe_names, save_picture
+from qlip_cli.terminal import count_text, note, print_json, print_line, progress
 
 if TYPE_CHECKING:
     from qlip_core import Model, VisualTokens
+    from qlip_core.errors import TokenFileError
 
     TokenFiles = list[tuple[Path, VisualTokens]]
 
@@ -47,13 +48,15 @@ def decode(
     """Turn tokens back into pictures.
 
     TOKENS is a .qlip file or a glob. One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
-    suffix of OUT may also be .jpg, .webp, .bmp or .tiff.
+    suffix of OUT may also be .jpg, .webp, .bmp or .tiff. A token file that cannot be read is left out and listed, and the exit status is 1.
     """
-    files = load_token_files(tokens)
+    files, failed = load_token_files(tokens)
     count = sum(len(part) for _, part in files)
-    stem = f"{files[0][0].stem}-decoded" if len(files) == 1 else "decoded"
-    out = Path(f"{stem}.png" if count == 1 else stem) if output is None else output
-    single = count == 1 and not out.is_dir()
+    several = count > 1 or bool(failed)  # what was asked for, whatever is left of it
+    stem = "decoded" if len(files) + len(failed) > 1 else f"{files[0][0].stem}-decoded"
+    out = Path(stem if several else f"{stem}.png") if output is None else output
+    named = out.suffix.lower() in PICTURES
+    single = count == 1 and (named or not several) and not out.is_dir()
     picture = picture_file(out, [path for path, _ in files], force=force) if single else None
     folder = None if single else PictureFolder(out, safe_names(wishes(files)), force=force)
 
@@ -72,19 +75,47 @@ def decode(
 
     size = network.config.image_size
     if json:
-        document = {"output": str(out if single is False else picture), "images": count}
-        print_json(document | {"size": size, "files": [str(path) for path in written]})
+        document: dict[str, Any] = {"output": str(picture or out), "images": count}
+        document |= {"size": size, "files": [str(path) for path in written]}
+        errors = [{"file": str(path), "error": str(error)} for path, error in failed.items()]
+        print_json(document | {"failed": errors})
     else:
         what = f"{count_text(count, 'image')}, {size}x{size} pixels"
         print_line(f"{picture or out}: {what}")
+    if failed:
+        tell(failed, len(files) + len(failed))
+        raise typer.Exit(1)
 
 
-def load_token_files(arguments: Sequence[str]) -> TokenFiles:
-    """Every token file, read and checked. Raises TokenFileError for one that is bad or all empty."""
+def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, TokenFileError]]:
+    """Every token file, read and checked, and what is wrong with the bad ones. Raises TokenFileError
+    where that leaves nothing to decode, after listing them all."""
     from qlip_core import VisualTokens
     from qlip_core.errors import TokenFileError
 
     files: TokenFiles = []
+    failed: dict[Path, TokenFileError] = {}
+    for path in token_paths(arguments):
+        try:
+            files.append((path, VisualTokens.load(path)))
+        except TokenFileError as error:
+            failed[path] = error
+    if not files:
+        if len(failed) == 1:
+            raise next(iter(failed.values()))
+        tell(failed, len(failed))
+        raise TokenFileError(f"none of the {len(failed)} token files could be read")
+    if not any(len(part) for _, part in files):
+        tell(failed, len(files) + len(failed))
+        raise TokenFileError(f"{files[0][0]}: holds no images: nothing to decode")
+    return files, failed
+
+
+def token_paths(arguments: Sequence[str]) -> list[Path]:
+    """All files that the arguments stand for. Raises TokenFileError for a folder or an empty glob."""
+    from qlip_core.errors import TokenFileError
+
+    paths: list[Path] = []
     for argument in arguments:
         path = Path(argument)
         if path.is_dir():
@@ -94,10 +125,16 @@ def load_token_files(arguments: Sequence[str]) -> TokenFiles:
             matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
             if not matches:
                 raise TokenFileError(f"{argument}: no file matches this pattern")
-        files += [(match, VisualTokens.load(match)) for match in matches]
-    if not any(len(part) for _, part in files):
-        raise TokenFileError(f"{files[0][0]}: holds no images: nothing to decode")
-    return files
+        paths += matches
+    return paths
+
+
+def tell(failed: Mapping[Path, TokenFileError], count: int) -> None:
+    """List the bad files on stderr."""
+    if failed:
+        note(f"{len(failed)} of {count} token files could not be read:")
+    for error in failed.values():
+        note(f"  {error}")
 
 
 def wishes(files: TokenFiles) -> list[str]:
