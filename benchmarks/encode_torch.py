@@ -184,20 +184,25 @@ def cpu(batch: int, rounds: int) -> None:
         print(f"{other.name}: {theirs:.2f} images/s; encode is {ours / theirs:.2f} times that")
 
 
-def cuda(batch: int, rounds: int) -> None:
+def cuda(batch: int, rounds: int, limit_s: float) -> None:
     print(f"{torch.cuda.get_device_name()}, batch {batch}, torch {torch.__version__}")
     print(f"{'':40}{'images/s':>10}{'TFLOP/s':>10}{'share':>8}{'bits equal':>12}{'compile':>9}")
+    began = time.perf_counter()
     for preset in ("qlip-b-16-256", "qlip-b-8-256", "qlip-l-14-392"):
+        if time.perf_counter() - began > limit_s:
+            return
         config = PRESETS[preset]
         weights = RandomWeights(config)
         pixels, codes = inputs(config, batch)
         expected = None
         for dtype, compile in (
             ("float32", False),
-            ("float16", True),
-            ("bfloat16", False),
             ("bfloat16", True),
+            ("bfloat16", False),
+            ("float16", True),
         ):
+            if time.perf_counter() - began > limit_s:
+                return
             backend = TorchBackend(compile=compile)
             network = backend.network(config, weights, device="cuda:0", dtype=dtype)
             start = time.perf_counter()
@@ -218,7 +223,8 @@ def cuda(batch: int, rounds: int) -> None:
                 print(
                     f"{preset:14} {name} {label:18}{rates[name]:10.1f}"
                     f"{rates[name] * work / 1e12:10.1f}{rates[name] * work / rates[limit.name]:8.2f}"
-                    f"{100 * np.mean(bits == expected):11.2f}%{first:8.1f}s"
+                    f"{100 * np.mean(bits == expected):11.2f}%{first:8.1f}s",
+                    flush=True,
                 )
 
 
@@ -227,11 +233,14 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--batch", type=int, help="images a call (8 on the CPU, 128 on CUDA)")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--seconds", type=float, default=600, help="on CUDA: begin nothing after so many"
+    )
     options = parser.parse_args()
     if options.device == "cpu":
         cpu(options.batch or 8, options.rounds)
     else:
-        cuda(options.batch or 128, options.rounds)
+        cuda(options.batch or 128, options.rounds, options.seconds)
 
 
 if __name__ == "__main__":
