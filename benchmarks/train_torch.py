@@ -136,7 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--preset", default="qlip-b-16-256", choices=tuple(PRESETS))
     parser.add_argument("--steps", type=int, default=4, help="timed, after one that is not")
     parser.add_argument("--seconds", type=float, default=600, help="start no case after so many")
-    parser.add_argument("--cases", default="0,1,2,3,4,5,6,7,8", help="which of CASES, in what order")
+    parser.add_argument(
+        "--cases", default="0,1,2,3,4,5,6,7,8", help="which of CASES, in what order"
+    )
     args = parser.parse_args(arguments)
 
     config = PRESETS[args.preset]

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
-from oracle import TOLERANCE, assert_same_latents, codes_of, each_configuration, reference_network
+from oracle import (
+    SURE,
+    TOLERANCE,
+    assert_same_latents,
+    codes_of,
+    each_configuration,
+    reference_network,
+)
 
 from qlip_core.backends import Network, get_backend
 from qlip_core.bsq import bits_to_integers
@@ -113,3 +120,58 @@ def test_lower_precision_is_near(dtype: str, tolerance: float, backend: str) -> 
     np.testing.assert_allclose(
         ours.embed_texts(ids), oracle.embed_texts(ids), rtol=0, atol=5 * tolerance
     )
+
+
+@each_backend
+def test_parts_are_loaded_when_first_used_and_once(backend: str) -> None:
+    config = CONFIGURATIONS["eva"]
+    weights = ArrayWeights(config, random_weights(config))
+    pixels, ids = random_pixels(config, 2), random_ids(config, 2)
+
+    def parts_after(*calls: str) -> list[str]:
+        weights.loaded.clear()
+        made = get_backend(backend).network(config, weights, device="cpu", dtype="float32")
+        inputs = {
+            "decode": np.ones((2, config.num_patches, 28), np.float32),
+            "embed_texts": ids,
+        }
+        for call in calls:
+            getattr(made, call)(inputs.get(call, pixels))
+        return weights.loaded
+
+    assert parts_after() == []
+    assert parts_after("encode", "latents", "embed_images") == ["encoder", "down"]
+    assert parts_after("embed_images") == ["encoder"]
+    assert parts_after("decode", "decode") == ["up", "decoder"]
+    assert parts_after("embed_texts", "embed_texts") == ["text"]
+
+
+@each_backend
+def test_read_only_weights_and_pixels_are_taken(backend: str) -> None:
+    config = CONFIGURATIONS["eva"]
+    weights, pixels = random_weights(config), random_pixels(config, 2)
+    for array in (*weights.values(), pixels):
+        array.flags.writeable = False
+    expected = reference_network(config, weights).latents(pixels)
+    np.testing.assert_allclose(
+        network(backend, config, weights).latents(pixels), expected, atol=SURE
+    )
+
+
+@each_backend
+def test_texts_do_not_depend_on_the_length_of_their_neighbours(backend: str) -> None:
+    config = CONFIGURATIONS["plain"]
+    ours = network(backend, config, random_weights(config))
+    ids = random_ids(config, 6)
+    alone = np.concatenate([ours.embed_texts(row[None]) for row in ids])
+    np.testing.assert_allclose(ours.embed_texts(ids), alone, rtol=0, atol=1e-6)
+
+
+@each_backend
+def test_empty_batches_have_shapes(backend: str) -> None:
+    config = CONFIGURATIONS["eva"]
+    ours = network(backend, config, random_weights(config))
+    pixels = np.zeros((0, 3, 32, 32), np.float32)
+    assert ours.encode(pixels).shape == (0, 16, 28)
+    assert ours.decode(np.zeros((0, 16, 28), np.float32)).shape == (0, 3, 32, 32)
+    assert ours.embed_texts(np.zeros((0, 12), np.int64)).shape == (0, 24)

@@ -1018,17 +1018,22 @@ print("stopped by", *stop, flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
-    """As a scheduler or Ctrl-C sends it: the trainer goes on to a clean end, and no process is left."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
+def start(script: str) -> subprocess.Popen[str]:
+    """In a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
+    """As a scheduler or Ctrl-C sends it: the trainer goes on to a clean end, and no process is left."""
+    process = start(SCRIPT)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, number)
@@ -1038,45 +1043,27 @@ def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
     assert group_is_gone(process.pid)
 
 
-def test_workers_end_with_a_trainer_that_is_killed():
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.kill()
-    process.wait()
-    process.stdout.close()
-    assert group_is_gone(process.pid)
-
-
-def test_workers_end_with_a_trainer_that_is_killed_while_they_start():
-    script = (
-        """
+# Slow to start, so that they are killed before they know their trainer.
+SLOW_WORKERS = """
 import os, time
 os.register_at_fork(after_in_child=lambda: time.sleep(1),
                     after_in_parent=lambda: print("forked", flush=True))
 """
-        + SCRIPT
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
-    )
-    assert process.stdout is not None
-    assert [process.stdout.readline() for _ in range(2)] == ["forked\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("script", "lines"),
+    [(SCRIPT, ["ready\n"]), (SLOW_WORKERS + SCRIPT, ["forked\n", "forked\n"])],
+    ids=["running", "starting"],
+)
+def test_workers_end_with_a_trainer_that_is_killed(script, lines):
+    process = start(script)
+    assert process.stdout is not None and process.stderr is not None
+    assert [process.stdout.readline() for _ in lines] == lines
     process.kill()
     process.wait()
     process.stdout.close()
+    process.stderr.close()
     assert group_is_gone(process.pid)
 
 

@@ -11,7 +11,6 @@ import pytest
 from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
 from mlx.utils import tree_flatten
 from oracle import (
-    SURE,
     TOLERANCE,
     reference_network,
 )
@@ -118,46 +117,6 @@ def test_quantized_b16_keeps_only_two_layers() -> None:
 # -- the network -------------------------------------------------------------------------------
 
 
-def test_parts_are_loaded_when_first_used_and_once() -> None:
-    config = CONFIGURATIONS["eva"]
-    weights = ArrayWeights(config, random_weights(config))
-    pixels, ids = random_pixels(config, 2), random_ids(config, 2)
-
-    def parts_after(*calls: str) -> list[str]:
-        weights.loaded.clear()
-        network = BACKEND.network(config, weights, device="cpu", dtype="float32")
-        inputs = {
-            "decode": np.ones((2, config.num_patches, 28), np.float32),
-            "embed_texts": ids,
-        }
-        for call in calls:
-            getattr(network, call)(inputs.get(call, pixels))
-        return weights.loaded
-
-    assert parts_after() == []
-    assert parts_after("encode", "latents", "embed_images") == ["encoder", "down"]
-    assert parts_after("embed_images") == ["encoder"]
-    assert parts_after("decode", "decode") == ["up", "decoder"]
-    assert parts_after("embed_texts", "embed_texts") == ["text"]
-
-
-def test_read_only_weights_and_pixels_are_taken() -> None:
-    config = CONFIGURATIONS["eva"]
-    weights, pixels = random_weights(config), random_pixels(config, 2)
-    for array in (*weights.values(), pixels):
-        array.flags.writeable = False
-    expected = reference_network(config, weights).latents(pixels)
-    np.testing.assert_allclose(mlx_network(config, weights).latents(pixels), expected, atol=SURE)
-
-
-def test_texts_do_not_depend_on_the_length_of_their_neighbours() -> None:
-    config = CONFIGURATIONS["plain"]
-    network = mlx_network(config, random_weights(config))
-    ids = random_ids(config, 6)
-    alone = np.concatenate([network.embed_texts(row[None]) for row in ids])
-    np.testing.assert_allclose(network.embed_texts(ids), alone, rtol=0, atol=1e-6)
-
-
 def test_images_do_not_depend_on_the_batch_and_results_repeat() -> None:
     config = CONFIGURATIONS["eva"]
     weights, pixels = random_weights(config), random_pixels(config, 5)
@@ -203,15 +162,6 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     for _ in range(5):
         network.encode(pixels)
         assert mx.get_active_memory() <= held
-
-
-def test_empty_batches_have_shapes() -> None:
-    config = CONFIGURATIONS["eva"]
-    network = mlx_network(config, random_weights(config))
-    pixels = np.zeros((0, 3, 32, 32), np.float32)
-    assert network.encode(pixels).shape == (0, 16, 28)
-    assert network.decode(np.zeros((0, 16, 28), np.float32)).shape == (0, 3, 32, 32)
-    assert network.embed_texts(np.zeros((0, 12), np.int64)).shape == (0, 24)
 
 
 @pytest.mark.parametrize("layer", [3, -4])

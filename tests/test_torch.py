@@ -78,55 +78,6 @@ def test_compiled_network_equals_the_reference() -> None:
 # -- the network -------------------------------------------------------------------------------
 
 
-def test_parts_are_loaded_when_first_used_and_once() -> None:
-    config = CONFIGURATIONS["eva"]
-    weights = ArrayWeights(config, random_weights(config))
-    pixels, ids = random_pixels(config, 2), random_ids(config, 2)
-
-    def parts_after(*calls: str) -> list[str]:
-        weights.loaded.clear()
-        network = BACKEND.network(config, weights, device="cpu", dtype="float32")
-        inputs = {
-            "decode": np.ones((2, config.num_patches, 28), np.float32),
-            "embed_texts": ids,
-        }
-        for call in calls:
-            getattr(network, call)(inputs.get(call, pixels))
-        return weights.loaded
-
-    assert parts_after() == []
-    assert parts_after("encode", "latents", "embed_images") == ["encoder", "down"]
-    assert parts_after("embed_images") == ["encoder"]
-    assert parts_after("decode", "decode") == ["up", "decoder"]
-    assert parts_after("embed_texts", "embed_texts") == ["text"]
-
-
-def test_read_only_weights_and_pixels_are_taken() -> None:
-    config = CONFIGURATIONS["eva"]
-    weights, pixels = random_weights(config), random_pixels(config, 2)
-    for array in (*weights.values(), pixels):
-        array.flags.writeable = False
-    expected = reference_network(config, weights).latents(pixels)
-    np.testing.assert_allclose(torch_network(config, weights).latents(pixels), expected, atol=SURE)
-
-
-def test_texts_do_not_depend_on_the_length_of_their_neighbours() -> None:
-    config = CONFIGURATIONS["plain"]
-    network = torch_network(config, random_weights(config))
-    ids = random_ids(config, 6)
-    alone = np.concatenate([network.embed_texts(row[None]) for row in ids])
-    np.testing.assert_allclose(network.embed_texts(ids), alone, rtol=0, atol=1e-6)
-
-
-def test_empty_batches_have_shapes() -> None:
-    config = CONFIGURATIONS["eva"]
-    network = torch_network(config, random_weights(config))
-    pixels = np.zeros((0, 3, 32, 32), np.float32)
-    assert network.encode(pixels).shape == (0, 16, 28)
-    assert network.decode(np.zeros((0, 16, 28), np.float32)).shape == (0, 3, 32, 32)
-    assert network.embed_texts(np.zeros((0, 12), np.int64)).shape == (0, 24)
-
-
 def test_backend_describes_itself() -> None:
     assert BACKEND.name == "torch"
     assert BACKEND.dtypes == ("float32", "bfloat16", "float16")
