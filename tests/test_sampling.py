@@ -90,14 +90,19 @@ def test_drawn_shares_are_the_probabilities() -> None:
     assert chi < 20.5  # 5 degrees of freedom: exceeded once in a thousand
 
 
+def all_kept(rows: np.ndarray, top_k: int, top_p: float) -> list[np.ndarray]:
+    """`keep` of numpy, PyTorch and MLX."""
+    return [
+        sampling.keep(rows, top_k, top_p),
+        on_torch.keep(torch.from_numpy(rows), top_k, top_p).numpy(),
+        np.array(on_mlx.keep(mx.array(rows), top_k, top_p)),
+    ]
+
+
 def kept(logits: list[float], top_k: int = 0, top_p: float = 1.0) -> list[int]:
     """Which values survive, the same on all three."""
     row = np.array([logits], np.float32)
-    results = [
-        sampling.keep(row, top_k, top_p),
-        on_torch.keep(torch.from_numpy(row), top_k, top_p).numpy(),
-        np.array(on_mlx.keep(mx.array(row), top_k, top_p)),
-    ]
+    results = all_kept(row, top_k, top_p)
     for result in results:
         np.testing.assert_array_equal(result, results[0])
         finite = np.isfinite(result)
@@ -121,6 +126,21 @@ def test_filters_by_hand() -> None:
     # Equals stay or go together.
     assert kept([1.0, 3.0, 2.0, 2.0], top_k=2) == [1, 2, 3]
     assert kept([0.0, 0.0, 0.0, 0.0], top_p=0.3) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("spread", [1, 4, 10])
+def test_top_p_keeps_the_same_of_thousands_of_values(spread: float) -> None:
+    """At g = 14, where float32's sum of the likelihoods would depend on its order."""
+    rows = np.random.default_rng(0).standard_normal((16, 1 << 14)).astype(np.float32) * spread
+    ordered = np.sort(rows.astype(np.float64))[:, ::-1]
+    odds = np.exp(ordered - ordered[:, :1])
+    before = np.cumsum(odds, 1) - odds
+    for top_p in (0.5, 0.95, 0.999, 0.99999):
+        exact = (before < top_p * odds.sum(1, keepdims=True)).sum(1)
+        numpy, on_torchs, on_mlxs = (np.isfinite(result) for result in all_kept(rows, 0, top_p))
+        np.testing.assert_array_equal(on_torchs, numpy)
+        np.testing.assert_array_equal(on_mlxs, numpy)
+        assert abs(numpy.sum(1) - exact).max() <= 1
 
 
 def test_the_lowest_of_equals_is_chosen() -> None:

@@ -15,10 +15,13 @@ import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from qlip_core.errors import GenerationError
+
+Integers = TypeVar("Integers", bound=Any)
 
 # Odd multipliers with good avalanche: the 32-bit finaliser "lowbias32" and the golden ratio.
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
@@ -161,11 +164,23 @@ def gumbel(hashed: np.ndarray) -> np.ndarray:
 # -- a step ------------------------------------------------------------------------------------
 
 
+# Of top-p's integers: the largest odds, and p's unit. Sums of up to 2^17 odds stay below 2^58.
+ODDS, SHARE_BITS = 1 << 40, 30
+
+
+def share_of(total: Integers, p: float) -> Integers:
+    """The share p of `total` (int64 below 2^58, of any backend), rounded down, within int64."""
+    share, low = round(p * (1 << SHARE_BITS)), (1 << SHARE_BITS) - 1
+    return (total >> SHARE_BITS) * share + (((total & low) * share) >> SHARE_BITS)
+
+
 def keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     """Logits float32 [B, V], already over the temperature, with -inf for what the filters drop.
 
     Both filters drop what lies below a threshold, so equal logits stay or go together: top-k's is the
     k-th largest; top-p's the smallest of those k whose larger ones have a sum of probabilities below p.
+    The sum is of integers: one of float32 depends on its order, which over thousands of values decides
+    how many of the tail stay.
     """
     V = logits.shape[-1]
     k = min(top_k, V) if top_k else V
@@ -174,10 +189,10 @@ def keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     largest = np.sort(logits, axis=-1)[:, ::-1][:, :k]
     threshold = largest[:, -1:]
     if top_p < 1:
-        odds = np.exp(largest - largest[:, :1])
-        shares = odds / odds.sum(-1, keepdims=True)
-        before = np.cumsum(shares, axis=-1) - shares
-        count = np.maximum((before < top_p).sum(-1, keepdims=True), 1)
+        odds = (np.exp(largest - largest[:, :1]) * np.float32(ODDS)).astype(np.int64)
+        upto = np.cumsum(odds, axis=-1)
+        limit = share_of(upto[:, -1:], top_p)
+        count = np.maximum((upto - odds < limit).sum(-1, keepdims=True), 1)
         threshold = np.take_along_axis(largest, count - 1, axis=-1)
     return np.where(logits >= threshold, logits, np.float32(-math.inf))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Draw
-from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling
+from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, ODDS, Sampling, share_of
 from qlip_mlx.generator import Generator, LayerCache
 
 # -- noise -------------------------------------------------------------------------------------
@@ -55,9 +55,10 @@ def keep(logits: mx.array, top_k: int, top_p: float) -> mx.array:
     threshold = largest.min(-1, keepdims=True)
     if top_p < 1:
         largest = mx.sort(largest, axis=-1)[:, ::-1]
-        shares = mx.softmax(largest, axis=-1)
-        before = mx.cumsum(shares, axis=-1) - shares
-        count = mx.maximum((before < top_p).sum(-1, keepdims=True), 1)
+        odds = (mx.exp(largest - largest[:, :1]) * ODDS).astype(mx.int64)
+        upto = mx.cumsum(odds, axis=-1)
+        limit = share_of(upto[:, -1:], top_p)
+        count = mx.maximum((upto - odds < limit).sum(-1, keepdims=True), 1)
         threshold = mx.take_along_axis(largest, count - 1, axis=-1)
     return mx.where(logits < threshold, -mx.inf, logits)
 
