@@ -16,6 +16,7 @@ import threading
 import time
 import types
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -765,6 +766,33 @@ def test_ranks_share_one_global_batch(sources, world_size):
     assert_same(got, want)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+@pytest.mark.parametrize("workers", [0, 2, 3])
+def test_accumulation_goes_on_with_other_processes_and_workers(sources, workers):
+    """Global batches of 24 rows: by one process, by four with micro-batches of 2, again by one with 3."""
+    data = DataConfig(sources, workers=0, streams=8, shuffle_buffer=5, seed=7)
+    want = take(loader_for(data, 24), 5)
+    data = replace(data, workers=workers)
+    loaders = [loader_for(data, 24, micro_batches=3, rank=r, world_size=4) for r in range(4)]
+    got = [joined([next(loader) for loader in loaders for _ in range(3)]) for _ in range(2)]
+    after_two = [loader.state_dict() for loader in loaders]
+    # In the midst of a global batch the position is the last one's end.
+    assert all(len(next(loader).keys) == 2 for loader in loaders)
+    assert [loader.state_dict() for loader in loaders] == after_two
+    for loader in loaders:
+        loader.close()
+    state = json.loads(json.dumps(merge_states(after_two)))
+    with loader_for(data, 24, micro_batches=8, state=state) as loader:
+        got += [joined([next(loader) for _ in range(8)]) for _ in range(3)]
+    assert [rows_of(batch) for batch in got] == [rows_of(batch) for batch in want]
+
+
+def rows_of(batch: Batch) -> list[tuple[str, bytes]]:
+    """In no order."""
+    pixels = (row.numpy().tobytes() for row in batch.pixels)
+    return sorted(zip(batch.keys, pixels, strict=True))
+
+
 def joined(shares: list[Batch]) -> Batch:
     return Batch(
         torch.cat([s.pixels for s in shares]),
@@ -813,6 +841,16 @@ def test_a_pass_over_a_folder_sees_everything_once(sets, tmp_path):
     keys = [key for batch in batches for key in batch.keys]
     assert len(set(keys[:24])) == len(set(keys[24:])) == 24
     assert keys[:24] != keys[24:]
+
+
+def test_a_picture_that_does_not_decode_is_named_with_its_shard(tmp_path):
+    write_tar(tmp_path / "a.tar", [("good", {"png": png(0), "txt": b"x"})])
+    write_tar(tmp_path / "b.tar", [("bad", {"png": png(1)[:40], "txt": b"x"})])
+    with loader_for(DataConfig((Source(f"{tmp_path}/*.tar"),), workers=0, streams=1)) as loader:
+        next(loader)
+    assert loader.bad.named and all(
+        name.startswith(f"{tmp_path}/b.tar: bad: broken image") for name in loader.bad.named
+    )
 
 
 def test_a_bad_sample_in_a_folder_is_replaced_and_counted(sets):
@@ -1081,8 +1119,13 @@ def test_feeds_travel_to_spawned_workers(sources):
     """Where workers are not forked (macOS, Windows) all that they need goes through pickle."""
     data = DataConfig(sources, workers=0, shuffle_buffer=5, seed=7)
     feed = pickle.loads(pickle.dumps(loader_for(data)._loader.dataset))
-    first = next(iter(feed)).batch
-    assert_same([first], unbroken(sources)[0][:1])
+    first = unbroken(sources)[0][0]
+    pieces: list[Batch] = []
+    for part in feed:
+        pieces.append(part.batch)
+        if sum(len(piece.keys) for piece in pieces) == len(first.keys):
+            break
+    assert_same([joined(pieces)], [first])
 
 
 def test_loaders_leave_the_runs_random_state_alone(sets):

@@ -151,12 +151,12 @@ def stage_loader(
     recipe: Recipe, stage: StageRecipe, start: Start, world: World, state: dict[str, Any] | None
 ) -> Loader:
     """Micro-batches of this rank: a global batch is `stage.micro_batches(ranks)` of them from each."""
-    micro_batches = stage.micro_batches(world.size)
     return make_loader(
         recipe.data,
         image_size=start.config.image_size,
         tokenizer=start.tokenizer,
-        batch_size=stage.batch // micro_batches,
+        batch_size=stage.batch,
+        micro_batches=stage.micro_batches(world.size),
         rank=world.rank,
         world_size=world.size,
         state=state,

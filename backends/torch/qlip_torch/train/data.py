@@ -3,14 +3,15 @@
 with make_loader(DataConfig(), image_size=64, tokenizer=..., batch_size=64) as loader:
     for batch in loader: ...
 
-What is guaranteed, with B the global batch, W ranks, b = B/W rows a rank:
+What is guaranteed, with B the global batch, W ranks, M micro-batches of B/(W*M) rows each on every rank:
 
 - A run that stops after batch k and continues from `state_dict()` sees the batches that an unbroken run
   sees, row for row, augmentation included, with any number of workers before and after.
-- Sources with random access only (the emoji set, folders): global batch k holds the same rows in the same
-  order for every W. In each pass over a folder every sample comes once.
+- Sources with random access only (the emoji set, folders): global batch k holds the same rows for every
+  W, in the same order where M is 1. In each pass over a folder every sample comes once.
 - With a stream among the sources (tars, parquet): the same, for every W that divides V, the number of
-  `streams` (set by the configuration, or chosen: 8 where B divides by 8 and W times workers divides 8).
+  `streams`: the configuration's or, where that is 0, the least that divides B, that W times `workers` do not
+  exceed, and that 8 divides if it can. A run keeps the V it was begun with.
   In each pass every sample comes once; lanes of unequal length begin their next pass at unequal times.
 - What a sample looks like depends on (seed, number of the row in the run) alone.
 """
@@ -122,17 +123,20 @@ class Loader:
         feed: IndexedFeed | LaneFeed,
         *,
         workers: int,
-        parts: int,
+        pieces: int,
         prefetch: int,
         batch_size: int,
+        micro_batches: int,
         state: dict[str, Any],
     ):
-        """`parts`: items of the feed that make one batch; `state`: where the feed starts."""
+        """`pieces`: parts of the feed that make a micro-batch; `prefetch`: parts that each worker holds
+        ready; `state`: where the feed starts."""
         self.bad = Tally()
         self.bad.include(state["bad"])
         self.samples: int = state["samples"]
-        self._parts, self._batch_size, self._state = parts, batch_size, state
+        self._pieces, self._batch_size, self._micro_batches = pieces, batch_size, micro_batches
         self._lanes = dict(state["lanes"])
+        self._state = state
         self._loader = DataLoader(
             feed,
             batch_size=None,
@@ -151,25 +155,34 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next batch. Raises DataError where a source cannot be read, naming the worker."""
+        """The next micro-batch. Raises DataError where a source cannot be read, naming the worker."""
         if self._closed:
             raise DataError("this loader is closed; make another one from its state")
         if self._items is None:
             with _starting_workers():
                 self._items = iter(self._loader)
-        parts = [self._checked(next(self._items)) for _ in range(self._parts)]
-        for part in parts:
+        pieces: list[Batch] = []
+        while len(pieces) < self._pieces:
+            part = self._checked(next(self._items))
             self._lanes |= part.lanes
             for bad in part.bad:
                 self.bad.add(bad)
-        self.samples += self._batch_size
-        if len(parts) == 1:
-            return parts[0].batch
+            if part.batch is not None:
+                pieces.append(part.batch)
+        self.samples += self._batch_size // self._micro_batches
+        if self.samples % self._batch_size == 0:
+            self._state = self._state | {
+                "samples": self.samples,
+                "lanes": dict(self._lanes),
+                "bad": self.bad.to_dict(),
+            }
+        if len(pieces) == 1:
+            return pieces[0]
         return Batch(
-            torch.cat([part.batch.pixels for part in parts]),
-            torch.cat([part.batch.ids for part in parts]),
-            [key for part in parts for key in part.batch.keys],
-            [caption for part in parts for caption in part.batch.captions],
+            torch.cat([piece.pixels for piece in pieces]),
+            torch.cat([piece.ids for piece in pieces]),
+            [key for piece in pieces for key in piece.keys],
+            [caption for piece in pieces for caption in piece.captions],
         )
 
     def _checked(self, item: Part | Failure) -> Part:
@@ -179,15 +192,11 @@ class Loader:
         raise DataError(f"data worker {item.worker}: {item.message}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the batches handed out so far end (not those made ahead), in JSON types.
+        """Where the last global batch ends that was handed out whole (not those made ahead), in JSON types.
 
         The ranks' states are equal but for their own lanes and bad samples: store `merge_states` of all.
         """
-        return self._state | {
-            "samples": self.samples,
-            "lanes": dict(self._lanes),
-            "bad": self.bad.to_dict(),
-        }
+        return self._state
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
@@ -211,20 +220,25 @@ def make_loader(
     image_size: int,
     tokenizer: Tokenize,
     batch_size: int,
+    micro_batches: int = 1,
     rank: int = 0,
     world_size: int = 1,
     state: Mapping[str, Any] | None = None,
 ) -> Loader:
     """The loader of rank `rank`, from the beginning or from a saved state (see the module's guarantees).
 
-    batch_size: rows of the global batch; each rank gets batch_size / world_size. tokenizer: texts -> int64
-    [B, T]. Raises DataError for sources that are not there, sizes that do not divide, and a state of other
-    data.
+    batch_size: rows of the global batch; each rank gets batch_size / world_size of them, in so many
+    `micro_batches`. tokenizer: texts -> int64 [B, T]. Raises DataError for sources that are not there, sizes
+    that do not divide, and a state of other data.
     """
     if not 0 <= rank < world_size:
         raise DataError(f"rank {rank}: must be from 0 to {world_size - 1}")
-    if batch_size < 1 or batch_size % world_size:
-        raise DataError(f"batch size {batch_size}: must divide by the {world_size} processes")
+    if batch_size < 1 or batch_size % (world_size * micro_batches):
+        raise DataError(
+            f"batch size {batch_size}: must divide by the {world_size} processes"
+            + (f" times {micro_batches} micro-batches" if micro_batches > 1 else "")
+        )
+    micro_rows = batch_size // world_size // micro_batches
     limits = Limits(image_bytes=data.image_megabytes * 2**20)
     sources = [
         open_training_source(source.location, image_size, data.seed, limits)
@@ -256,35 +270,38 @@ def make_loader(
             mixture,
             preparer,
             seed=data.seed,
-            batch_size=batch_size,
+            batch_size=batch_size // micro_batches,
             rank=rank,
             world_size=world_size,
             start=begin["samples"],
         )
-        workers, parts = data.workers, 1
+        workers, piece, prefetch = data.workers, micro_rows, data.prefetch
     else:
         lanes = range(rank * streams // world_size, (rank + 1) * streams // world_size)
+        piece = math.gcd(batch_size // streams, micro_rows)
         feed = LaneFeed(
             sources,
             {lane: Mixture(weights, f"{data.seed} mixture {lane}") for lane in lanes},
             preparer,
             seed=data.seed,
             rows=batch_size // streams,
+            piece=piece,
             lanes=streams,
             buffer=data.shuffle_buffer,
             buffer_bytes=data.shuffle_megabytes * 2**20,
             states=begin["lanes"],
         )
         workers = min(data.workers, len(lanes))
-        parts = max(1, workers)
+        prefetch = data.prefetch * math.ceil(micro_rows / piece / max(1, workers))
         begin["lanes"] = {k: v for k, v in begin["lanes"].items() if int(k) in lanes}
-    _check_shared_memory(workers, data.prefetch, batch_size // world_size // parts, image_size)
+    _check_shared_memory(workers, prefetch, piece, image_size)
     return Loader(
         feed,
         workers=workers,
-        parts=parts,
-        prefetch=data.prefetch,
+        pieces=micro_rows // piece,
+        prefetch=prefetch,
         batch_size=batch_size,
+        micro_batches=micro_batches,
         state=begin,
     )
 
@@ -311,6 +328,11 @@ def _streams(
         step = math.lcm(world_size, math.gcd(batch_size, _DEFAULT_STREAMS))
         fits = [v for v in range(step, batch_size + 1, step) if batch_size % v == 0 and v >= least]
         chosen = fits[0] if fits else step
+    if state and (chosen % world_size or batch_size % chosen):
+        raise DataError(
+            f"this run was begun with {chosen} streams of data: go on with a number of processes that "
+            f"divides {chosen}, not {world_size}"
+        )
     if chosen % world_size or batch_size % chosen:
         raise DataError(
             f"{chosen} streams: must be a multiple of the {world_size} processes and divide "
@@ -340,7 +362,8 @@ def _checked_state(old: dict[str, Any], fresh: dict[str, Any], rank: int) -> dic
     if (old["data"], old["streams"]) != (fresh["data"], fresh["streams"]):
         raise DataError(
             "the saved data position belongs to other data "
-            f"({_difference(old, fresh)}); restore the data, or start it anew"
+            f"({_difference(old, fresh)}); restore the data (for an archive that is lost an empty file of "
+            "its name will do), or start it anew"
         )
     # Counted by one rank, so that a later merge does not count them W times.
     return old | {"bad": old["bad"] if rank == 0 else Tally().to_dict()}
@@ -362,7 +385,7 @@ def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> N
     free = shutil.disk_usage(memory).free
     if need > free:
         raise DataError(
-            f"{workers} workers with {prefetch} batches each need {need >> 20} MB of "
+            f"{workers} workers with batches made ahead need {need >> 20} MB of "
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
         )

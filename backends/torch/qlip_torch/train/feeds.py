@@ -7,6 +7,7 @@ Two feeds, by what the sources allow. Legend: B rows of the global batch, W rank
 - `LaneFeed` as soon as one source is a stream (tars, parquet): V lanes, each an endless shuffled stream
   over its own share of the shards; a global batch is B/V rows of every lane, rank r has a contiguous
   slice of the lanes, and its workers share that. So batches depend on V, not on W or the workers.
+  Rows leave a worker in pieces, which are all of one lane and lie within one micro-batch.
 """
 
 from __future__ import annotations
@@ -56,16 +57,16 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker hands over: rows of one batch, the bad samples met on the way, and, from a
-    `LaneFeed`, where each of its lanes stands after them."""
+    """What a worker hands over: rows of one micro-batch (None: this worker has none in this turn), the bad
+    samples met on the way, and, from a `LaneFeed`, where the lane stands after them."""
 
-    batch: Batch
+    batch: Batch | None
     bad: list[Bad]
     lanes: dict[str, Any]
 
     def pin_memory(self) -> Part:
         """What the loader calls for a run on a GPU."""
-        return replace(self, batch=self.batch.pin_memory())
+        return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,11 @@ class IndexedFeed(IterableDataset[Part | Failure]):
 
 
 class LaneFeed(IterableDataset[Part | Failure]):
-    """This worker's lanes' rows of every batch of this rank."""
+    """This worker's lanes' rows of every batch of this rank, in pieces.
+
+    Every lane gives `rows` of a global batch, in `rows / piece` turns over all of this rank's lanes; in
+    a turn the workers deliver in the order of the lanes, so that what comes does not depend on their number.
+    """
 
     def __init__(
         self,
@@ -126,14 +131,15 @@ class LaneFeed(IterableDataset[Part | Failure]):
         *,
         seed: int,
         rows: int,
+        piece: int,
         lanes: int,
         buffer: int,
         buffer_bytes: int,
         states: dict[str, Any],
     ):
-        """`mixtures`: by lane, for this rank's lanes of `lanes` in all; `rows`: B/V."""
+        """`mixtures`: by lane, for this rank's lanes of `lanes` in all; `rows`: B/V, which `piece` divides."""
         self._sources, self._mixtures, self._preparer = sources, mixtures, preparer
-        self._seed, self._rows, self._lanes = seed, rows, lanes
+        self._seed, self._turns, self._piece, self._lanes = seed, rows // piece, piece, lanes
         self._buffer, self._buffer_bytes, self._states = buffer, buffer_bytes, states
 
     def __iter__(self) -> Iterator[Part | Failure]:
@@ -141,13 +147,18 @@ class LaneFeed(IterableDataset[Part | Failure]):
         return guarded(self._parts(worker, workers), worker)
 
     def _parts(self, worker: int, workers: int) -> Iterator[Part]:
-        mine = np.array_split(sorted(self._mixtures), workers)[worker].tolist()
+        # The loader takes one part of each worker in turn: every worker has as many, some of them empty.
+        mine = sorted(self._mixtures)[worker::workers]
+        idle = -(-len(self._mixtures) // workers) - len(mine)
         lanes = [self._lane(lane) for lane in mine]
         while True:
-            bad: list[Bad] = []
-            rows = [lane.row(bad) for lane in lanes for _ in range(self._rows)]
-            states = {str(lane.number): lane.state() for lane in lanes}
-            yield Part(self._preparer.batch(rows), bad, states)
+            for _ in range(self._turns):
+                for lane in lanes:
+                    bad: list[Bad] = []
+                    rows = [lane.row(bad) for _ in range(self._piece)]
+                    yield Part(self._preparer.batch(rows), bad, {str(lane.number): lane.state()})
+                for _ in range(idle):
+                    yield Part(None, [], {})
 
     def _lane(self, number: int) -> _Lane:
         state = self._states.get(str(number))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -135,9 +136,7 @@ class ShuffledStream:
         else:
             if isinstance(item, Sample):
                 size = len(item.image_bytes) + len(item.caption)
-                item = Sample(
-                    item.key, item.image_bytes, item.caption
-                )  # metadata is not for training
+                item = replace(item, meta={})  # not for training
             else:
                 size = 0
             self._next.append((item, size))
