@@ -6,9 +6,12 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Lock
 from typing import TypeVar
 
 import numpy as np
+from PIL import Image
 
 from qlip_core.errors import ImageError
 from qlip_core.images import ImageLike
@@ -38,10 +41,18 @@ def pixel_batches(
     with `on_error`, is handed to it and left out.
     """
     check_batch_size(batch_size)
+    # Pillow reads a file when its pixels are first asked for, so an image given twice would be read by two
+    # threads at once.
+    locks = {id(image): Lock() for image in images if isinstance(image, Image.Image)}
+
+    def load(image: ImageLike) -> np.ndarray:
+        with locks.get(id(image), nullcontext()):
+            return preprocessing(image)
+
     positions: list[int] = []
     batch: list[np.ndarray] = []
     ahead = 2 * batch_size
-    for position, result in _in_order(preprocessing, images, workers or default_workers(), ahead):
+    for position, result in _in_order(load, images, workers or default_workers(), ahead):
         try:
             pixels = result.result()
         except ImageError as error:

@@ -19,6 +19,7 @@ from PIL import Image
 from qlip_core import preprocessing
 from qlip_core.errors import ConfigError, ImageError
 from qlip_core.images import find_images, open_image
+from qlip_core.loading import pixel_batches
 from qlip_core.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
@@ -138,6 +139,16 @@ def test_pil_images_that_cannot_be_taken(tmp_path: Path) -> None:
     closed.close()
     with pytest.raises(ImageError, match="PIL image"):
         open_image(closed)
+
+
+def test_one_image_several_times_is_read_once(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+    path = tmp_path / "big.png"
+    Image.fromarray(noise).save(path)
+    with Image.open(path) as image:
+        [(positions, pixels)] = pixel_batches([image] * 6, Preprocessing(32), workers=6)
+    assert positions == list(range(6))
+    assert (pixels == Preprocessing(32)(path)).all()
 
 
 def test_threads_that_decode_leave_the_process_its_warnings() -> None:
