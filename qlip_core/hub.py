@@ -27,6 +27,8 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
                 "such as nvidia/QLIP-B-16-256"
             )
         return BUNDLED
+    if model == "":  # which Path takes for this folder
+        raise CheckpointError("the name of the model is empty: leave it out for the bundled one")
     path = Path(model).expanduser()
     if path.suffix in _PICKLES:
         raise CheckpointError(

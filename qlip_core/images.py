@@ -43,6 +43,8 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
             raise ImageError(f"{name}: not an image ({error})") from None
     if isinstance(image, bytes):
         return _decode(io.BytesIO(image), name or "image data")
+    if image == "":  # which Path takes for this folder
+        raise ImageError("the name of an image is empty")
     path = Path(image)
     name = name or str(path)
     try:

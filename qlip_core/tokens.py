@@ -167,6 +167,8 @@ class VisualTokens:
 
         Raises TokenFileError if it is damaged, not a token file, or of another version.
         """
+        if path == "":  # which Path takes for this folder
+            raise TokenFileError("the name of a token file is empty")
         path = Path(path)
         if not path.is_file():
             raise TokenFileError(f"{path}: no such token file")

@@ -149,6 +149,18 @@ def test_the_smallest_and_the_thinnest(cli: Qlip) -> None:
     assert tokens[0] == tokens[1] == tokens[2]
 
 
+def test_empty_names_are_not_this_folder(cli: Qlip, tiny_model: Path) -> None:
+    for command in (["encode"], ["reconstruct"], ["embed"], ["classify", "-l", "a"]):
+        assert cli(*command, "good.png", "").error == "the name of an image is empty"
+    assert cli("decode", "").error == "the name of a token file is empty"
+    for command in (["info", ""], ["info", "-m", ""], ["encode", "good.png", "-m", ""]):
+        assert cli(*command, plain=True).error.startswith("the name of the model is empty")
+    with pytest.raises(qlip.errors.ImageError, match="is empty"):
+        qlip.load(tiny_model, backend="numpy").preprocess("")
+    with pytest.raises(qlip.errors.TokenFileError, match="is empty"):
+        qlip.VisualTokens.load("")
+
+
 def test_nothing_to_encode(cli: Qlip) -> None:
     os.mkdir("empty")
     Path("empty/notes.txt").write_text("no image")

@@ -112,11 +112,14 @@ def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, T
 
 
 def token_paths(arguments: Sequence[str]) -> list[Path]:
-    """All files that the arguments stand for. Raises TokenFileError for a folder or an empty glob."""
+    """All files that the arguments stand for. Raises TokenFileError for a folder, an empty glob or an
+    empty name."""
     from qlip_core.errors import TokenFileError
 
     paths: list[Path] = []
     for argument in arguments:
+        if not argument:
+            raise TokenFileError("the name of a token file is empty")
         path = Path(argument)
         if path.is_dir():
             raise TokenFileError(f"{path}: is a folder; name the .qlip files in it")

@@ -32,7 +32,7 @@ def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
     Files are taken as they are, whatever their suffix (also those that do not exist: they are
     reported with the bad ones). A folder stands for the image files below it, called by their path
     inside it, and a glob that the shell left alone for the images and folders that match. Raises
-    ImageError for a folder or a glob without images.
+    ImageError for a folder or a glob without images, and for an empty name.
     """
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
     return found
@@ -42,6 +42,8 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
     from qlip_core.errors import ImageError
     from qlip_core.images import SUFFIXES
 
+    if not argument:  # as a variable of the shell that is not set
+        raise ImageError("the name of an image is empty")
     path = Path(argument)
     if path.is_dir():
         images = _in_folder(path, alone)
