@@ -132,11 +132,13 @@ def find_images(folder: str | Path) -> list[Path]:
     return [Path(path) for path in walk_images(folder)]
 
 
-def walk_images(folder: str | Path) -> Iterator[str]:
+def walk_images(
+    folder: str | Path, on_error: Callable[[str, ImageError], None] | None = None
+) -> Iterator[str]:
     """`find_images`, one by one and as strings, so that a million of them fit in memory.
 
-    Folders behind links are left out, as they may lead in circles. Raises ImageError for a folder
-    that cannot be read.
+    Folders behind links are left out, as they may lead in circles. A folder that cannot be read
+    raises ImageError, or, with `on_error`, is handed to it and left out.
     """
     names: list[str] = []
     folders: set[str] = set()
@@ -148,10 +150,14 @@ def walk_images(folder: str | Path) -> Iterator[str]:
                     if entry.is_dir(follow_symlinks=False):
                         folders.add(entry.name)
     except OSError as error:
-        raise ImageError(f"{folder}: this folder cannot be read ({error.strerror})") from None
+        failed = ImageError(f"{folder}: this folder cannot be read ({error.strerror})")
+        if on_error is None:
+            raise failed from None
+        on_error(os.fspath(folder), failed)
+        return
     for name in sorted(names):
         path = os.path.join(folder, name)
         if name in folders:
-            yield from walk_images(path)
+            yield from walk_images(path, on_error)
         elif os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
             yield path

@@ -7,6 +7,7 @@ image's bits patch by patch, most significant first, padded with zeros; metadata
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -170,7 +171,7 @@ class VisualTokens:
         if path == "":  # which Path takes for this folder
             raise TokenFileError("the name of a token file is empty")
         path = Path(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise TokenFileError(f"{path}: no such token file")
         try:
             file = TensorFile(path)

@@ -98,6 +98,35 @@ def test_good_images_are_done_and_bad_ones_listed(cli: Qlip, tiny_model: Path) -
         assert cli(*command, "set").code == 1
 
 
+def test_names_and_folders_that_cannot_be_read_do_not_stop_the_others(
+    cli: Qlip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("set/locked").mkdir(parents=True)
+    picture(1).save("set/1.png")
+    scandir = os.scandir
+
+    def guarded(path: str) -> object:
+        if Path(path).name == "locked":  # root, as which tests may run, reads everything
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    long = "x" * 300 + ".png"
+    run = cli("encode", "good.png", long, "set", "--json")
+    assert (run.code, run.json["images"]) == (1, 2)
+    assert [f["image"] for f in run.json["failed"]] == [long, "set/locked"]
+    assert run.err.splitlines() == [
+        "2 of 4 images could not be read:",
+        f"  {long}: cannot be read (File name too long)",
+        f"  {Path('set/locked')}: this folder cannot be read (Permission denied)",
+    ]
+    assert qlip.VisualTokens.load("tokens.qlip").names == ("good.png", "set/1.png")
+    assert cli("encode", "set/locked").error.startswith(f"{Path('set/locked')}: this folder cannot")
+    assert long in cli("encode", long, "-f").error
+    run = cli("decode", "tokens.qlip", long)
+    assert run.code == 1 and f"  {long}: no such token file\n" in run.err
+
+
 def test_all_bad_writes_nothing(cli: Qlip) -> None:
     run = cli("encode", "x.png", "y.png")
     assert (run.code, run.out) == (2, "")

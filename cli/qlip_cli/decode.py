@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -121,10 +122,10 @@ def token_paths(arguments: Sequence[str]) -> list[Path]:
         if not argument:
             raise TokenFileError("the name of a token file is empty")
         path = Path(argument)
-        if path.is_dir():
+        if os.path.isdir(path):
             raise TokenFileError(f"{path}: is a folder; name the .qlip files in it")
         matches = [path]
-        if not path.exists() and glob.has_magic(argument):
+        if not os.path.exists(path) and glob.has_magic(argument):
             matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
             if not matches:
                 raise TokenFileError(f"{argument}: no file matches this pattern")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -88,6 +89,6 @@ def encode(
 def default_name(arguments: list[str], count: int) -> str:
     """IMAGE.qlip for one image, FOLDER.qlip for one folder, tokens.qlip otherwise."""
     path = Path(arguments[0])
-    if len(arguments) == 1 and path.is_dir():
+    if len(arguments) == 1 and os.path.isdir(path):
         return f"{path.resolve().name or 'tokens'}.qlip"
-    return f"{path.stem}.qlip" if len(arguments) == 1 and path.is_file() else "tokens.qlip"
+    return f"{path.stem}.qlip" if len(arguments) == 1 and os.path.isfile(path) else "tokens.qlip"

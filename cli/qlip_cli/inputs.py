@@ -24,6 +24,7 @@ class ImageFile:
 
     path: str
     name: str
+    error: ImageError | None = None  # what is known to be wrong with it, as with a folder that is locked
 
 
 def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
@@ -31,7 +32,7 @@ def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
 
     Files are taken as they are, whatever their suffix (also those that do not exist: they are
     reported with the bad ones). A folder stands for the image files below it, called by their path
-    inside it, and a glob that the shell left alone for the images and folders that match. Raises
+    inside it (and for the folders below it that cannot be read, which are bad ones too), and a glob that the shell left alone for the images and folders that match. Raises
     ImageError for a folder or a glob without images, and for an empty name.
     """
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
@@ -45,19 +46,20 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
     if not argument:  # as a variable of the shell that is not set
         raise ImageError("the name of an image is empty")
     path = Path(argument)
-    if path.is_dir():
+    # Of os.path: a Path raises where a name is too long or its folder locked, which is the core's to report.
+    if os.path.isdir(argument):
         images = _in_folder(path, alone)
         if not images:
             kinds = ", ".join(sorted(SUFFIXES))
             raise ImageError(f"{argument}: no images in this folder (looked for {kinds})")
         return images
-    if path.exists() or not glob.has_magic(argument):
+    if os.path.exists(argument) or not glob.has_magic(argument):
         return [ImageFile(str(path), _own_name(path))]
     images = []
     for match in map(Path, sorted(glob.glob(argument, recursive=True))):
-        if match.is_dir() and "**" not in argument:
+        if os.path.isdir(match) and "**" not in argument:
             images += _in_folder(match, False)
-        elif match.suffix.lower() in SUFFIXES and match.is_file():
+        elif match.suffix.lower() in SUFFIXES and os.path.isfile(match):
             images.append(ImageFile(str(match), _own_name(match)))
     if not images:
         raise ImageError(f"{argument}: no image matches this pattern")
@@ -70,9 +72,15 @@ def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
     # Beside other arguments two folders may hold the same names, so the folder's own goes first.
     prefix = "" if alone else f"{folder.resolve().name}/"
     start = len(os.path.join(folder, ""))
-    return [
-        ImageFile(path, prefix + path[start:].replace(os.sep, "/")) for path in walk_images(folder)
-    ]
+    images: list[ImageFile] = []
+
+    def add(path: str, error: ImageError | None = None) -> None:
+        name = prefix + path[start:].replace(os.sep, "/")
+        images.append(ImageFile(path, name or str(folder), error))
+
+    for path in walk_images(folder, add):
+        add(path)
+    return images
 
 
 def _own_name(path: Path) -> str:
@@ -89,7 +97,7 @@ class Failures:
     errors: dict[int, ImageError] = field(default_factory=dict)
 
     def __call__(self, position: int, error: ImageError) -> None:
-        self.errors[position] = error
+        self.errors[position] = self.images[position].error or error
 
     def check_some_left(self) -> None:
         """Raises ImageError if no image was good, after listing them all."""
