@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import uuid
 from collections.abc import Iterator
@@ -12,7 +13,14 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays."""
+    """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays.
+
+    Where `path` is a link, the file that it leads to is replaced. Raises OSError for what is there and is no
+    regular file: renaming would put a file in the place of a device.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "is no regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:

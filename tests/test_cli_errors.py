@@ -257,6 +257,31 @@ def test_places_that_cannot_be_written_to(cli: Qlip, monkeypatch: pytest.MonkeyP
         assert "permission denied in the folder ." in cli(*command).error
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_outputs_that_are_no_files_stay_and_links_are_followed(cli: Qlip) -> None:
+    cli("encode", "good.png")
+    os.mkfifo("pipe")  # as a device is, and this one can be made by anybody
+    Path("link.png").symlink_to("pipe")
+    for name in ("pipe", "link.png"):
+        for force in ([], ["--force"]):
+            error = cli("encode", "good.png", "-o", name, *force).error
+            assert error == f"{name}: is a device or a pipe; name a file with -o"
+    os.mkdir("out")
+    os.mkfifo("out/good.png")
+    error = cli("decode", "good.qlip", "-o", "out", "--force").error
+    assert error.startswith(f"{Path('out/good.png')}: is there and no file")
+    with pytest.raises(OSError, match="is no regular file"):
+        qlip.VisualTokens.load("good.qlip").save("pipe")
+    assert Path("pipe").is_fifo() and Path("out/good.png").is_fifo()
+
+    Path("real.qlip").write_text("old")
+    Path("link.qlip").symlink_to("real.qlip")
+    assert "exists already" in cli("encode", "good.png", "-o", "link.qlip").error
+    assert cli("encode", "good.png", "-o", "link.qlip", "--force").code == 0
+    assert Path("link.qlip").is_symlink()
+    assert Path("real.qlip").read_bytes() == Path("good.qlip").read_bytes()
+
+
 def test_a_full_disk_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
     cli("encode", "good.png", "good.png")
     before = left()

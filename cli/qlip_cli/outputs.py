@@ -24,8 +24,9 @@ def output_file(
 ) -> Path:
     """The file to write: `out`, or `default` in it if it is a folder, or here.
 
-    Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs,
-    or lies in a folder that is absent or cannot be written to.
+    Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or no
+    regular file, or lies in a folder that is absent or cannot be written to. A link stands for what it
+    leads to.
     """
     from qlip_core.errors import QlipError
 
@@ -33,11 +34,13 @@ def output_file(
     if path.is_dir():
         raise QlipError(f"{path}: is a folder; name a file with -o")
     if path.exists():
+        if not path.is_file():
+            raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
         if any(same_file(path, given) for given in inputs):
             raise QlipError(f"{path}: is one of the inputs; name another output with -o")
         if not force:
             raise QlipError(f"{path}: exists already; name another with -o, or overwrite: --force")
-    check_writable(path.parent, path)
+    check_writable((path.resolve() if path.is_symlink() else path).parent, path)
     return path
 
 
@@ -180,7 +183,9 @@ class PictureFolder:
                 raise QlipError(
                     f"{target}: leads out of {folder} by a link; choose another with -o"
                 )
-            if target.is_dir() or (target.exists() and not force):
+            if target.exists() and not target.is_file():
+                raise QlipError(f"{target}: is there and no file; choose another folder with -o")
+            if target.exists() and not force:
                 raise QlipError(
                     f"{target}: exists already; name another folder with -o, or overwrite: --force"
                 )
