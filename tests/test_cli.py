@@ -177,6 +177,13 @@ def test_names_never_lead_out_of_the_folder(cli: Qlip, model: qlip.Model, tmp_pa
     assert found == set(made)
 
 
+def test_thousands_of_one_name_are_numbered_at_once() -> None:
+    names = ["a cat.png", "a-2.png", *["A cat"] * 20_000, *["a.png"] * 2]
+    made = safe_names(names)  # minutes, where each began to count anew
+    assert made[:4] == ["a cat.png", "a-2.png", "A cat-2.png", "A cat-3.png"]
+    assert made[-3:] == ["A cat-20001.png", "a.png", "a-3.png"]
+
+
 def test_a_link_in_the_folder_is_not_followed(cli: Qlip, model: qlip.Model, tmp_path: Path) -> None:
     tokens = model.encode(["a.png"] * 2)
     names = ("link/x.png", "y.png")

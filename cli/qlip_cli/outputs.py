@@ -133,15 +133,17 @@ def safe_names(names: Iterable[str]) -> list[str]:
     """
     files: set[str] = set()
     folders: set[str] = set()
+    copies: dict[str, int] = {}  # the next number to try, of each name that came before
     out = []
     for number, name in enumerate(names, 1):
         parts = [part for part in map(_safe_part, name.replace("\\", "/").split("/")) if part]
         stem = PurePosixPath(*parts[:-1], _stem(parts[-1]) if parts else f"image-{number:05}")
         if {str(p).lower() for p in stem.parents} & files:
             stem = PurePosixPath(f"image-{number:05}")
-        path, copy = f"{stem}.png", 2
+        path, key = f"{stem}.png", str(stem).lower()
         while path.lower() in files or path.lower() in folders:
-            path, copy = f"{stem}-{copy}.png", copy + 1
+            copies[key] = copies.get(key, 1) + 1
+            path = f"{stem}-{copies[key]}.png"
         files.add(path.lower())  # one name on a Mac and on Windows
         folders |= {str(p).lower() for p in PurePosixPath(path).parents}
         out.append(path)
