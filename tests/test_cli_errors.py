@@ -296,6 +296,11 @@ def test_a_full_disk_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) 
         ("embed", "good.png", "-o", "v.npy"),
     ):
         assert "no space left on device): free some" in cli(*command).error
+    # The last file of two that does not fit any more.
+    done = []
+    monkeypatch.setattr("os.fsync", lambda file: full() if done else done.append(file))
+    assert "no space left" in cli("embed", "good.png", "-o", "v.npy").error
+    assert left() == before
     monkeypatch.setattr("PIL.Image.Image.save", full)
     assert "no space left" in cli("decode", "tokens.qlip").error
     assert left() == before

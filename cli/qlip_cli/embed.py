@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -118,7 +119,7 @@ def check_outputs(output: Path, inputs: list[str], force: bool) -> list[Path]:
 
 
 def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:
-    """Write float32 [B, P] with its names. No pickle in either format."""
+    """Write float32 [B, P] with its names, both or neither. No pickle in either format."""
     import numpy as np
 
     from qlip_core.files import atomic_file
@@ -132,8 +133,9 @@ def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:
             }
             write_tensors(outputs[0], {"embeddings": vectors}, metadata=strings)
             return
-        # The names first: vectors without them are worth less than the other way round.
-        with atomic_file(outputs[1]) as file:
-            file.write(jsonlib.dumps(metadata, indent=2).encode())
-        with atomic_file(outputs[0]) as file:
-            np.save(file, vectors, allow_pickle=False)
+        with atomic_file(outputs[0]) as numbers, atomic_file(outputs[1]) as names:
+            np.save(numbers, vectors, allow_pickle=False)
+            names.write(jsonlib.dumps(metadata, indent=2).encode())
+            for file in (numbers, names):  # both are on the disk before one of them shows
+                file.flush()
+                os.fsync(file.fileno())
