@@ -22,7 +22,7 @@ from qlip_core.config import QLIPConfig, unshown
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import find_model
 from qlip_core.preprocessing import Preprocessing
-from qlip_core.tensorfile import TensorFile, as_float32, write_tensors
+from qlip_core.tensorfile import TensorFile, as_float32, to_bfloat16, write_tensors
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
 
@@ -222,7 +222,7 @@ def save_checkpoint(
     bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
     front matter states the licence; `beside` other text files by name. In an existing folder the model is replaced, and what else is there
     stays. Raises CheckpointError if the
-    weights do not fit the config or are not finite.
+    weights do not fit the config or are not finite, also where only `dtype` makes them so.
     """
     texts = {
         **(beside or {}),
@@ -255,13 +255,18 @@ def write_folder(
     """Write a model's folder, whole or not at all: its weights, text files by name, and copies of files.
 
     `problem`: how the weights do not fit the config, if they do not. Raises CheckpointError for that, and
-    for values that are not finite.
+    for values that are not finite, or would not be in the type they are stored in.
     """
     if problem:
         raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
     for name, values in weights.items():
         if not np.isfinite(values).all():
             raise CheckpointError(f"{folder}: not written, {name} has NaN or infinite values")
+        if not np.isfinite(_as_stored(values, dtype)).all():
+            raise CheckpointError(
+                f"{folder}: not written, {name} has values up to {np.abs(values).max():g}, which are "
+                f"infinite in {dtype}: store it in a wider type"
+            )
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
@@ -276,6 +281,14 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
+    """The values as they come back from a file of that type."""
+    if dtype == "bfloat16":
+        return as_float32(to_bfloat16(values), "BF16", "")
+    with np.errstate(over="ignore"):  # the caller looks for infinities
+        return values.astype(dtype, copy=False) if dtype == "float16" else values
 
 
 def replace_folder(folder: Path, temporary: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import pickle
 import shutil
 import struct
@@ -271,6 +272,11 @@ def test_refuses_to_write_what_it_would_not_read(official: Path, tmp_path: Path)
     bad = {**weights, "logit_scale": np.array(np.inf, np.float32)}
     with pytest.raises(CheckpointError, match="logit_scale has NaN or infinite"):
         qlip.save_checkpoint(tmp_path / "out", checkpoint.config, bad)
+    for dtype, value in (("float16", 1e6), ("bfloat16", 3.4e38)):
+        bad["logit_scale"] = np.array(-value, np.float32)
+        message = rf"logit_scale has values up to {value:g}, which are infinite in {dtype}"
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            qlip.save_checkpoint(tmp_path / "out", checkpoint.config, bad, dtype=dtype)
     del weights["logit_scale"]
     with pytest.raises(CheckpointError, match="missing: logit_scale"):
         qlip.save_checkpoint(tmp_path / "out", checkpoint.config, weights)
