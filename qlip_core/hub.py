@@ -26,6 +26,8 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
                 "no model named, and none ships with this build of qlip: name a folder or a hub id, "
                 "such as nvidia/QLIP-B-16-256"
             )
+        if revision is not None:
+            raise CheckpointError("a revision goes with a hub id, this is the bundled model")
         return BUNDLED
     if model == "":  # which Path takes for this folder
         raise CheckpointError("the name of the model is empty: leave it out for the bundled one")

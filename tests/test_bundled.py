@@ -13,6 +13,7 @@ from PIL import Image
 import qlip_core as qlip
 from qlip_core import bsq
 from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
+from qlip_core.errors import CheckpointError
 from qlip_core.hub import BUNDLED, find_model
 from qlip_core.metrics import psnr
 
@@ -109,6 +110,9 @@ def test_it_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Unless something of that name lies here."""
     monkeypatch.chdir(tmp_path)
     assert find_model("bundled") == find_model(None) == BUNDLED
+    for name in (None, "bundled"):
+        with pytest.raises(CheckpointError, match="a revision goes with a hub id"):
+            find_model(name, "main")
     (tmp_path / "bundled").mkdir()
     assert find_model("bundled") == Path("bundled")
 
