@@ -57,22 +57,22 @@ class QuantizerConfig:
     written: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive(self, "quantizer_cfg", "embed_dim", "group_size", "inv_temperature")
-        _one_of(self, "quantizer_cfg", "input_format", ("bchw", "blc"))
-        _one_of(self, "quantizer_cfg", "persample_entropy_compute", ("group", "analytical"))
+        _positive(self, "embed_dim", "group_size", "inv_temperature")
+        _one_of(self, "input_format", ("bchw", "blc"))
+        _one_of(self, "persample_entropy_compute", ("group", "analytical"))
         if self.embed_dim > MAX_LENGTH:
             raise ConfigError(
-                f"quantizer_cfg.embed_dim (={self.embed_dim}) is over {MAX_LENGTH}: "
+                f"embed_dim (={self.embed_dim}) is over {MAX_LENGTH}: "
                 "the index of a patch must fit an int64"
             )
         if self.embed_dim % self.group_size:
             raise ConfigError(
-                f"quantizer_cfg.group_size (={self.group_size}) must divide "
+                f"group_size (={self.group_size}) must divide "
                 f"embed_dim (={self.embed_dim})"
             )
         if not self.l2_norm:
             raise ConfigError(
-                "quantizer_cfg.l2_norm=false is not a binary *spherical* quantizer: "
+                "l2_norm=false is not a binary *spherical* quantizer: "
                 "only codes on the unit sphere are supported"
             )
 
@@ -102,14 +102,14 @@ class TextConfig:
     written: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_tower(self, "text_config")
-        _positive(self, "text_config", "vocab_size", "projection_dim", "max_position_embeddings")
+        _check_tower(self)
+        _positive(self, "vocab_size", "projection_dim", "max_position_embeddings")
         if self.rope:
             raise ConfigError(
-                "text_config.rope=true is not part of QLIP: text positions are learned"
+                "rope=true is not part of QLIP: text positions are learned"
             )
         if self.max_position_embeddings < 2:
-            raise ConfigError("text_config.max_position_embeddings must be at least 2")
+            raise ConfigError("max_position_embeddings must be at least 2")
 
     @property
     def head_dim(self) -> int:
@@ -146,11 +146,10 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.hidden_size_post_q == 0:
             object.__setattr__(self, "hidden_size_post_q", self.hidden_size)
-        name = "vision config"
-        _check_tower(self, name)
-        _positive(self, name, "projection_dim", "image_size", "patch_size", "hidden_size_post_q")
-        _one_of(self, name, "quantizer", ("none", "bsq"))
-        _one_of(self, name, "quantizer_embed_type", ("identity", "mlp"))
+        _check_tower(self)
+        _positive(self, "projection_dim", "image_size", "patch_size", "hidden_size_post_q")
+        _one_of(self, "quantizer", ("none", "bsq"))
+        _one_of(self, "quantizer_embed_type", ("identity", "mlp"))
         if self.num_channels != 3:
             raise ConfigError(f"num_channels (={self.num_channels}) must be 3: images are RGB")
         if self.image_size % self.patch_size:
@@ -199,7 +198,7 @@ class QLIPConfig:
     written: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive(self, "config", "projection_dim")
+        _positive(self, "projection_dim")
         vision, decoder = self.vision_config, self.decoder_config
         for name in ("image_size", "patch_size"):
             ours, theirs = getattr(vision, name), getattr(decoder, name)
@@ -393,20 +392,20 @@ def _sorted(values: Any) -> Any:
     return values
 
 
-def _check_tower(config: Any, where: str) -> None:
+def _check_tower(config: Any) -> None:
+    """Its errors, and those below, name no tower: `_from_dict` says which it was."""
     _positive(
         config,
-        where,
         "hidden_size",
         "intermediate_size",
         "num_hidden_layers",
         "num_attention_heads",
         "layer_norm_eps",
     )
-    _one_of(config, where, "hidden_act", ACTIVATIONS)
+    _one_of(config, "hidden_act", ACTIVATIONS)
     if config.num_hidden_layers > MAX_LAYERS:
         raise ConfigError(
-            f"{where}: num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}"
+            f"num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}"
         )
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
@@ -415,16 +414,16 @@ def _check_tower(config: Any, where: str) -> None:
         )
 
 
-def _positive(config: Any, where: str, *names: str) -> None:
+def _positive(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
-            raise ConfigError(f"{where}: {name} (={getattr(config, name)}) must be positive")
+            raise ConfigError(f"{name} (={getattr(config, name)}) must be positive")
 
 
-def _one_of(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:
+def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, name)
     if value not in allowed:
-        raise ConfigError(f'{where}: {name} is "{value}", expected one of {", ".join(allowed)}')
+        raise ConfigError(f'{name} is "{value}", expected one of {", ".join(allowed)}')
 
 
 # -- presets -----------------------------------------------------------------------------------

@@ -49,12 +49,12 @@ def unknown_key(key: str, where: str, known: Iterable[str], what: str) -> Config
 def scalar(kind: str, value: Any, name: str) -> Any:
     """`value` as the `kind` ("int", "float", "bool", "str") that `name` takes; an int does for a float."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = {
-        "int": isinstance(value, int) and number,
-        "float": number and math.isfinite(value),
-        "bool": isinstance(value, bool),
-        "str": isinstance(value, str),
+    good, what = {
+        "int": (isinstance(value, int) and number, "an integer"),
+        "float": (number and math.isfinite(value), "a finite number"),
+        "bool": (isinstance(value, bool), "true or false"),
+        "str": (isinstance(value, str), "a string"),
     }[kind]
     if not good:
-        raise ConfigError(f"{name} must be a {kind}, got {value!r}")
+        raise ConfigError(f"{name} must be {what}, got {value!r}")
     return float(value) if kind == "float" else value

@@ -169,7 +169,7 @@ def test_config_survives_its_json(config: GeneratorConfig) -> None:
     "change, message",
     [
         ({"hidden_sise": 1}, 'unknown key "hidden_sise".*did you mean "hidden_size"'),
-        ({"hidden_size": "32"}, "hidden_size must be a int, got '32'"),
+        ({"hidden_size": "32"}, "hidden_size must be an integer, got '32'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads .=3. must divide"),
         ({"num_attention_heads": 16}, 'rope "grid" needs a head width divisible by 4, got 2'),
         ({"grid": [3]}, "grid must be two numbers"),
