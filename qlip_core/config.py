@@ -67,8 +67,7 @@ class QuantizerConfig:
             )
         if self.embed_dim % self.group_size:
             raise ConfigError(
-                f"group_size (={self.group_size}) must divide "
-                f"embed_dim (={self.embed_dim})"
+                f"group_size (={self.group_size}) must divide embed_dim (={self.embed_dim})"
             )
         if not self.l2_norm:
             raise ConfigError(
@@ -105,9 +104,7 @@ class TextConfig:
         _check_tower(self)
         _positive(self, "vocab_size", "projection_dim", "max_position_embeddings")
         if self.rope:
-            raise ConfigError(
-                "rope=true is not part of QLIP: text positions are learned"
-            )
+            raise ConfigError("rope=true is not part of QLIP: text positions are learned")
         if self.max_position_embeddings < 2:
             raise ConfigError("max_position_embeddings must be at least 2")
 
@@ -404,9 +401,7 @@ def _check_tower(config: Any) -> None:
     )
     _one_of(config, "hidden_act", ACTIVATIONS)
     if config.num_hidden_layers > MAX_LAYERS:
-        raise ConfigError(
-            f"num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}"
-        )
+        raise ConfigError(f"num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}")
     if config.hidden_size % config.num_attention_heads:
         raise ConfigError(
             f"num_attention_heads (={config.num_attention_heads}) must divide "

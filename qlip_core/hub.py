@@ -37,6 +37,8 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
             f"{path}: pickled weights are never loaded; convert them to safetensors"
         )
     if path.exists():
+        if not (path.is_dir() or path.is_file()):
+            raise CheckpointError(f"{path}: a device or a pipe; copy it to a file first")
         if revision is not None:
             raise CheckpointError(f"{path}: a revision goes with a hub id, this is a local path")
         return path

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from qlip_core.errors import ImageError
 
 # A path, encoded bytes, a PIL image, or uint8 [H, W, 3].
-ImageLike = str | Path | bytes | Image.Image | np.ndarray
+ImageLike = str | Path | bytes | bytearray | Image.Image | np.ndarray
 
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
@@ -41,8 +41,13 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
             return _decoded(lambda: to_rgb(image), name)
         except UnidentifiedImageError as error:
             raise ImageError(f"{name}: not an image ({error})") from None
-    if isinstance(image, bytes):
+    if isinstance(image, bytes | bytearray):
         return _decode(io.BytesIO(image), name or "image data")
+    if not isinstance(image, str | os.PathLike):
+        raise ImageError(
+            f"{name or 'image'}: expected a path, the bytes of a file, a PIL image or uint8 [H, W, 3], got "
+            f"{type(image).__name__}"
+        )
     if image == "":  # which Path takes for this folder
         raise ImageError("the name of an image is empty")
     path = Path(image)

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from qlip_core import bsq
 from qlip_core.backends import Network, check_dtype, choose_device, get_backend
@@ -141,8 +140,9 @@ class Model:
         """Tokens to pictures: uint8 [B, S, S, 3].
 
         Raises TokenFileError for tokens of another tokenizer (`any_model` decodes them all the same,
-        where the sizes fit).
+        where the sizes fit), and for what is no VisualTokens.
         """
+        check_tokens(tokens)
         size = self.config.image_size
         out = np.empty((len(tokens), size, size, 3), np.uint8)
         for start, pixels in self._decoded(tokens, batch_size, any_model):
@@ -157,6 +157,7 @@ class Model:
         any_model: bool = False,
     ) -> np.ndarray:
         """Tokens to the decoder's own output: float32 [B, 3, S, S], normalised space, unclipped."""
+        check_tokens(tokens)
         out = np.empty((len(tokens), *self._pixel_shape), np.float32)
         for start, pixels in self._decoded(tokens, batch_size, any_model):
             out[start : start + len(pixels)] = pixels
@@ -228,11 +229,11 @@ class Model:
         """float32 [T, projection_dim]: each label in all templates, averaged, unit length."""
         if isinstance(labels, str) or not len(labels):
             raise TextError("labels must be a non-empty list of strings")
+        if isinstance(templates, str) or not len(templates):
+            raise TextError("templates must be a non-empty list of strings")
         for template in templates:
             if "{}" not in template:
                 raise TextError(f'template "{template}" has no {{}} for the label to stand in')
-        if not templates:
-            raise TextError("templates must not be empty")
         texts = [template.replace("{}", label) for label in labels for template in templates]
         embedded = self.embed_texts(texts).reshape(len(labels), len(templates), -1)
         return _unit(embedded.mean(1))
@@ -492,11 +493,20 @@ def as_sequence(images: Images) -> list[ImageLike] | np.ndarray:
     """A list of images; a preprocessed float array stays one."""
     if isinstance(images, np.ndarray):
         if images.dtype == np.uint8:
-            return [images] if images.ndim == 3 else list(images)
+            return list(images) if images.ndim == 4 else [images]
         return images
-    if isinstance(images, str | Path | bytes | Image.Image):
-        return [images]
+    # An open file, too, can be iterated, but is no sequence of images: `open_image` says what it is.
+    if isinstance(images, ImageLike) or hasattr(images, "read"):
+        return [images]  # type: ignore[list-item]
     return list(images)
+
+
+def check_tokens(tokens: object) -> None:
+    if not isinstance(tokens, VisualTokens):
+        raise TokenFileError(
+            f"expected VisualTokens, got {type(tokens).__name__}: VisualTokens.load(path) reads a token file, "
+            "VisualTokens.from_bits(bits, grid) takes an array"
+        )
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -138,6 +138,8 @@ def _triple(
         and len(value) == 3
         and all(isinstance(v, int | float) and abs(v) < 1e6 for v in value)
     )
-    if not good or (key == "image_std" and not all(v > 0 for v in value)):
-        raise ConfigError(f"{path}: {key} must be three numbers, got {value!r}")
+    positive = key == "image_std"
+    if not good or (positive and not all(v > 0 for v in value)):
+        above = " above 0" if positive else ""
+        raise ConfigError(f"{path}: {key} must be three numbers{above}, got {value!r}")
     return tuple(float(v) for v in value)

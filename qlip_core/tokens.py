@@ -172,7 +172,10 @@ class VisualTokens:
             raise TokenFileError("the name of a token file is empty")
         path = Path(path)
         if not os.path.isfile(path):
-            raise TokenFileError(f"{path}: no such token file")
+            problem = "not a regular file, which a token file must be: copy it to one first"
+            raise TokenFileError(
+                f"{path}: {problem if os.path.exists(path) else 'no such token file'}"
+            )
         try:
             file = TensorFile(path)
         except CheckpointError as error:
@@ -195,21 +198,21 @@ class VisualTokens:
     def _parse(cls, path: Path, file: TensorFile) -> VisualTokens:
         meta, entry = file.metadata, file.entries.get("bits")
         try:
+            # In digits as they are written, which `int` is far from strict about.
+            for key, form in (("length", "[0-9]{1,6}"), ("grid", "[0-9]{1,6}x[0-9]{1,6}")):
+                if not re.fullmatch(form, meta.get(key, "")):
+                    raise ValueError(f"{key} is {meta[key]!r}" if key in meta else f"no {key}")
             length = int(meta["length"])
-            match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", meta["grid"])
+            h, w = map(int, meta["grid"].split("x"))
             names = json.loads(meta.get("names", "[]"))
-            if (
-                match is None
-                or not (isinstance(names, list) and all(isinstance(n, str) for n in names))
-                or not (entry is not None and entry.dtype == "U8" and len(entry.shape) == 2)
-            ):
-                raise ValueError
-            grid = int(match[1]), int(match[2])
+            if not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+                raise ValueError("names is not a list of strings")
+            if entry is None or entry.dtype != "U8" or len(entry.shape) != 2:
+                raise ValueError("no tensor bits, uint8 [B, ceil(N*L/8)]")
             packed = file.raw("bits").copy()
-            tokens = cls(packed, length, grid, meta.get("model", ""), tuple(names))
+            tokens = cls(packed, length, (h, w), meta.get("model", ""), tuple(names))
             if padding := -tokens.num_patches * length % 8:
                 packed[:, -1] &= 0xFF << padding & 0xFF  # compared, and written, as zeros
             return tokens
-        except (KeyError, ValueError, RecursionError) as error:
-            reason = f" ({error})" if str(error) else ""
-            raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None
+        except (ValueError, RecursionError) as error:
+            raise TokenFileError(f"{path}: the token file's header is damaged ({error})") from None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path

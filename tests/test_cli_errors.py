@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 import qlip_core as qlip
 from qlip_cli.main import main
+from qlip_core.errors import ImageError, TokenFileError
 from qlip_core.tensorfile import write_tensors
 
 
@@ -184,9 +185,9 @@ def test_empty_names_are_not_this_folder(cli: Qlip, tiny_model: Path) -> None:
     assert cli("decode", "").error == "the name of a token file is empty"
     for command in (["info", ""], ["info", "-m", ""], ["encode", "good.png", "-m", ""]):
         assert cli(*command, plain=True).error.startswith("the name of the model is empty")
-    with pytest.raises(qlip.errors.ImageError, match="is empty"):
+    with pytest.raises(ImageError, match="is empty"):
         qlip.load(tiny_model, backend="numpy").preprocess("")
-    with pytest.raises(qlip.errors.TokenFileError, match="is empty"):
+    with pytest.raises(TokenFileError, match="is empty"):
         qlip.VisualTokens.load("")
 
 
@@ -270,6 +271,8 @@ def test_outputs_that_are_no_files_stay_and_links_are_followed(cli: Qlip) -> Non
     os.mkfifo("out/good.png")
     error = cli("decode", "good.qlip", "-o", "out", "--force").error
     assert error.startswith(f"{Path('out/good.png')}: is there and no file")
+    assert cli("decode", "pipe").error.startswith("pipe: not a regular file")
+    assert cli("info", "pipe", plain=True).error.startswith("pipe: a device or a pipe")
     with pytest.raises(OSError, match="is no regular file"):
         qlip.VisualTokens.load("good.qlip").save("pipe")
     assert Path("pipe").is_fifo() and Path("out/good.png").is_fifo()

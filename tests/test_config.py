@@ -70,7 +70,10 @@ def test_parameters_of_the_published_size() -> None:
         ({"vision_config": 3}, "vision_config must be a JSON object"),
         ({"vision_config": {"hidden_size": "768"}}, "hidden_size must be an integer, got '768'"),
         ({"vision_config": {"hidden_size": True}}, "hidden_size must be an integer"),
-        ({"vision_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps must be a finite number"),
+        (
+            {"vision_config": {"layer_norm_eps": float("nan")}},
+            "layer_norm_eps must be a finite number",
+        ),
         ({"vision_config": {"num_attention_heads": 7}}, r"\(=7\) must divide hidden_size \(=768\)"),
         ({"vision_config": {"patch_size": 15}}, r"\(=15\) must divide image_size \(=224\)"),
         ({"vision_config": {"image_size": 256}}, r"image_size \(=256\) and decoder_config"),

@@ -238,7 +238,8 @@ def test_preprocessor_config(official: Path, tmp_path: Path) -> None:
         ({"resample": 2}, "resample is 2, this model needs 3"),
         ({"size": {"shortest_edge": 224}}, "size is {'shortest_edge': 224}, this model needs 64"),
         ({"do_normalize": False}, "do_normalize is False"),
-        ({"image_std": [1, 0, 1]}, "image_std must be three numbers"),
+        ({"image_std": [1, 0, 1]}, r"image_std must be three numbers above 0, got \[1, 0, 1\]"),
+        ({"image_mean": [1, 0]}, r"image_mean must be three numbers, got \[1, 0\]"),
         ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
     ):
         wrong.write_text(json.dumps({**read.to_dict(), **change}))

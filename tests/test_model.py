@@ -56,6 +56,7 @@ def test_every_kind_of_image_gives_the_same_tokens(model: Model, pictures: list[
     as_arrays = [np.asarray(i.convert("RGB")) for i in as_pil]
     assert model.encode(as_pil) == model.encode(as_arrays) == tokens
     assert model.encode([p.read_bytes() for p in pictures]) == tokens
+    assert model.encode(bytearray(pictures[2].read_bytes())) == tokens[2]
     assert model.encode(model.preprocess(pictures)) == tokens
     assert model.encode(str(pictures[2])) == tokens[2]
     assert len(model.encode([])) == 0
@@ -156,10 +157,25 @@ def test_texts_that_do_not_fit(model: Model, official: Path) -> None:
         qlip.load(official, backend="numpy").embed_texts("a cat")
     with pytest.raises(TextError, match="template"):
         model.embed_labels(["cat"], ["a photo"])
-    with pytest.raises(TextError, match="non-empty"):
-        model.embed_labels([])
+    for labels, templates in ([], ["{}"]), ("cat", ["{}"]), (["cat"], []), (["cat"], "a {}"):
+        with pytest.raises(TextError, match="must be a non-empty list of strings"):
+            model.embed_labels(labels, templates)
     with pytest.raises(TextError, match="run from 520"):
         model.embed_texts(np.array([[520]]))
+
+
+def test_what_is_no_image_and_no_tokens(model: Model, pictures: list[Path]) -> None:
+    with pictures[0].open("rb") as file:
+        for given, name in ((file, "BufferedReader"), ([None], "NoneType"), ([3], "int")):
+            message = rf"expected a path, the bytes of a file, .*, got {name}"
+            with pytest.raises(ImageError, match=message):
+                model.encode(given)  # type: ignore[arg-type]
+    with pytest.raises(ImageError, match=r"expected uint8 \[H, W, 3\], got uint8 \[100, 150\]"):
+        model.encode(np.zeros((100, 150), np.uint8))
+    for decode in (model.decode, model.decode_pixels):
+        for given in ("x.qlip", np.zeros((1, 64, 28), np.uint8)):
+            with pytest.raises(TokenFileError, match=r"expected VisualTokens, got (str|ndarray)"):
+                decode(given)  # type: ignore[arg-type]
 
 
 def test_pixels_that_do_not_fit(model: Model) -> None:

@@ -166,15 +166,21 @@ GOOD = {"format": "qlip-tokens", "version": "1", "length": "4", "grid": "1x2", "
     [
         ({"format": "pt"}, "not of tokens"),
         ({"version": "2"}, "token file version '2', this qlip reads 1"),
-        ({"length": "five"}, "header is damaged"),
+        ({"length": "five"}, r"header is damaged \(length is 'five'\)"),
         ({"length": "5"}, "header is damaged"),
-        ({"grid": "2"}, "header is damaged"),
+        ({"length": " 4 "}, "length is ' 4 '"),
+        ({"length": "0_4"}, "length is '0_4'"),
+        ({"length": "\u0664"}, "header is damaged"),
+        ({"length": None}, r"header is damaged \(no length\)"),
+        ({"grid": "2"}, r"header is damaged \(grid is '2'\)"),
+        ({"names": '"a"'}, "names is not a list of strings"),
         ({"names": '["only one"]'}, "1 names for 2 images"),
     ],
 )
 def test_wrong_token_files(tmp_path: Path, change: dict, message: str) -> None:
     path = tmp_path / "t.qlip"
-    save_file({"bits": np.zeros((2, 1), np.uint8)}, path, {**GOOD, **change})
+    meta = {key: value for key, value in {**GOOD, **change}.items() if value is not None}
+    save_file({"bits": np.zeros((2, 1), np.uint8)}, path, meta)
     with pytest.raises(TokenFileError, match=message):
         VisualTokens.load(path)
 

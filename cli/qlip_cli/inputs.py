@@ -24,7 +24,9 @@ class ImageFile:
 
     path: str
     name: str
-    error: ImageError | None = None  # what is known to be wrong with it, as with a folder that is locked
+    error: ImageError | None = (
+        None  # what is known to be wrong with it, as with a folder that is locked
+    )
 
 
 def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
