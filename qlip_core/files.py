@@ -18,6 +18,8 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     Where `path` is a link, the file that it leads to is replaced. Raises OSError for what is there and is no
     regular file: renaming would put a file in the place of a device.
     """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not path.is_file():
         raise OSError(errno.EEXIST, "is no regular file", str(path))

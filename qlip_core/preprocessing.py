@@ -50,7 +50,7 @@ class Preprocessing:
             "do_normalize": True,
         }
         for key, want in expected.items():
-            got = _side(values[key]) if key in values else want
+            got = _side(key, values[key]) if key in values else want
             if got != want:
                 raise ConfigError(f"{path}: {key} is {values[key]!r}, this model needs {want!r}")
         factor = values.get("rescale_factor", 1 / 255)
@@ -121,11 +121,12 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def _side(value: Any) -> Any:
-    """The one number behind 224, {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    if isinstance(value, dict):
+def _side(key: str, value: Any) -> Any:
+    """The one number behind 224, {"height": 224, "width": 224}, or, of `size`, {"shortest_edge": 224}."""
+    shapes = [{"height", "width"}, *([{"shortest_edge"}] if key == "size" else [])]
+    if isinstance(value, dict) and set(value) in shapes:
         sides = list(value.values())
-        return sides[0] if sides and all(side == sides[0] for side in sides) else value
+        return sides[0] if all(side == sides[0] for side in sides) else value
     return value
 
 

@@ -56,6 +56,8 @@ class VisualTokens:
     @classmethod
     def from_bits(cls, bits: np.ndarray, grid: tuple[int, int]) -> VisualTokens:
         """From bits 0/1 (any integer or bool type) [B, N, L]."""
+        if len(grid) != 2:
+            raise ValueError(f"grid (={grid}) must be two numbers, rows and columns")
         bits = np.asarray(bits)
         if bits.ndim != 3 or bits.shape[1] != grid[0] * grid[1]:
             raise ValueError(
@@ -101,6 +103,8 @@ class VisualTokens:
         )
 
     def __add__(self, other: VisualTokens) -> VisualTokens:
+        if not isinstance(other, VisualTokens):
+            return NotImplemented
         return VisualTokens.concatenate([self, other])
 
     # -- seen as -----------------------------------------------------------------------------
@@ -128,13 +132,24 @@ class VisualTokens:
     def __len__(self) -> int:
         return len(self.packed)
 
-    def __getitem__(self, key: int | slice | Sequence[int] | np.ndarray) -> VisualTokens:
-        """Some of the images; an integer gives one image, still as a batch."""
-        if isinstance(key, int | np.integer):
-            if not -len(self) <= key < len(self):
-                raise IndexError(f"image {key} of {len(self)}")
-            key = [int(key)]
-        rows = np.arange(len(self))[list(key) if isinstance(key, tuple) else key]
+    def __getitem__(
+        self, key: int | np.integer | slice | Sequence[int] | np.ndarray
+    ) -> VisualTokens:
+        """Some of the images; an integer gives one image, still as a batch.
+
+        A sequence is of integers, or of one boolean an image. Raises IndexError for images that are not there,
+        TypeError for anything else.
+        """
+        if isinstance(key, slice):
+            rows = np.arange(len(self))[key]
+        else:
+            picked = np.asarray(key)
+            picked = picked if picked.size else picked.astype(np.int64)  # of [] numpy makes floats
+            if picked.ndim > 1 or picked.dtype.kind not in ("iub" if picked.ndim else "iu"):
+                raise TypeError(
+                    f"images are picked by an integer, a slice, or a sequence of integers or booleans, not {key!r}"
+                )
+            rows = np.arange(len(self))[np.atleast_1d(picked)]
         names = tuple(self.names[i] for i in rows) if self.names else ()
         return replace(self, packed=self.packed[rows], names=names)
 
@@ -151,7 +166,7 @@ class VisualTokens:
     # -- on disk -----------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a `.qlip` file, whole or not at all."""
+        """Write a `.qlip` file, whole or not at all. Raises OSError where that cannot be."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,

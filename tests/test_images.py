@@ -47,6 +47,9 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
 def test_transparency_is_over_white() -> None:
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
     assert colour(open_image(saved(half, "PNG"))) == (255, 127, 127)
+    grey = Image.new("LA", (4, 4), (0, 128))
+    for mode in ("LA", "La"):  # La: multiplied by alpha already
+        assert colour(open_image(grey.convert(mode))) == (127, 127, 127)
     assert colour(open_image(saved(Image.new("LA", (4, 4), (0, 0)), "PNG"))) == WHITE
     palette = Image.new("P", (4, 4), 0)
     palette.putpalette([0, 255, 0, 255, 0, 0])
@@ -237,6 +240,8 @@ def test_preprocessor_config(official: Path, tmp_path: Path) -> None:
     for change, message in (
         ({"resample": 2}, "resample is 2, this model needs 3"),
         ({"size": {"shortest_edge": 224}}, "size is {'shortest_edge': 224}, this model needs 64"),
+        ({"size": {"longest_edge": 64}}, "size is {'longest_edge': 64}, this model needs 64"),
+        ({"crop_size": {"shortest_edge": 64}}, "crop_size is {'shortest_edge': 64}"),
         ({"do_normalize": False}, "do_normalize is False"),
         ({"image_std": [1, 0, 1]}, r"image_std must be three numbers above 0, got \[1, 0, 1\]"),
         ({"image_mean": [1, 0]}, r"image_mean must be three numbers, got \[1, 0\]"),

@@ -73,6 +73,15 @@ def test_any_sequence_of_numbers_picks_images() -> None:
     for key in ([1, 0], (1, 0), np.array([1, 0])):
         assert tokens[key] == tokens[1] + tokens[0]
     assert len(tokens[[]]) == 0
+    assert tokens[np.array(1)] == tokens[np.int64(-1)] == tokens[[False, True]] == tokens[1]
+    for key in (True, np.array(True), None, "a", 1.0, [[0, 1]], [None]):
+        with pytest.raises(TypeError, match="images are picked by an integer"):
+            tokens[key]  # type: ignore[index]
+    for key in (2, -3, np.array(2), [0, 2], [True]):
+        with pytest.raises(IndexError):
+            tokens[key]
+    with pytest.raises(TypeError, match="unsupported operand"):
+        tokens + 1  # type: ignore[operator]
 
 
 def test_padding_bits_do_not_count(tmp_path: Path) -> None:
@@ -143,6 +152,10 @@ def test_indexing_and_concatenation_keep_names() -> None:
         (lambda: VisualTokens.from_bits(np.full((1, 2, 3), 2), (1, 2)), "bits must be 0 or 1"),
         (lambda: VisualTokens.from_bits(np.zeros((1, 2, 3)), (1, 2)), "got float64"),
         (lambda: VisualTokens.from_bits(np.zeros((1, 3, 3), int), (1, 2)), r"expected \[B, 2, L\]"),
+        (
+            lambda: VisualTokens.from_bits(np.zeros((1, 6, 3), int), (2, 3, 1)),  # type: ignore[arg-type]
+            r"grid \(=\(2, 3, 1\)\) must be two numbers",
+        ),
         (lambda: VisualTokens.from_indices(np.array([[16]]), 4, (1, 1)), "outside 0 to 2\\^4"),
         (lambda: VisualTokens.from_indices(np.array([[-1]]), 4, (1, 1)), "outside 0 to 2\\^4"),
         (lambda: VisualTokens.from_indices(np.array([[0.5]]), 4, (1, 1)), "must be integers"),
@@ -183,6 +196,13 @@ def test_wrong_token_files(tmp_path: Path, change: dict, message: str) -> None:
     save_file({"bits": np.zeros((2, 1), np.uint8)}, path, meta)
     with pytest.raises(TokenFileError, match=message):
         VisualTokens.load(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    tokens = VisualTokens.from_bits(np.ones((1, 1, 4), int), (1, 1))
+    with pytest.raises(FileNotFoundError, match="no such folder") as caught:
+        tokens.save(tmp_path / "absent" / "t.qlip")
+    assert caught.value.filename == str(tmp_path / "absent")
 
 
 def test_token_files_that_are_none(tmp_path: Path) -> None:
