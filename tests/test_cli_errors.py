@@ -537,6 +537,26 @@ def test_nobody_reads_stdout(cli: Qlip, tiny_model: Path) -> None:
     assert process.wait(60) == 141
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a shell and /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code"),
+    [
+        (["info", "{model}"], ">&-", 0),
+        (["info", "{model}", "--json"], ">&-", 0),
+        (["info", "nope"], "2>&-", 2),
+        (["info", "nope"], "2>/dev/full", 2),
+        (["info", "nope"], ">&- 2>&-", 2),
+    ],
+)
+def test_streams_that_are_closed_or_full(
+    cli: Qlip, tiny_model: Path, arguments: list[str], streams: str, code: int
+) -> None:
+    words = [argument.format(model=tiny_model) for argument in arguments]
+    shell = ["sh", "-c", f'exec "$@" {streams}', "sh", *COMMAND, *words]
+    run = subprocess.run(shell, capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (code, "", "")
+
+
 def test_help_imports_no_numpy() -> None:
     code = (
         "import sys\n"

@@ -19,6 +19,12 @@ _WIDE = 10_000  # columns of an output that is not a terminal: nothing is cut th
 _PATIENCE = 2.0  # seconds before a progress bar shows
 _BAR = 36
 
+# A stream that was closed (`>&-`) is None, and its number goes to the next file that is opened.
+if sys.stdout is None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+if sys.stderr is None:
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
 
 # -- stdout ------------------------------------------------------------------------------------
 
@@ -148,14 +154,22 @@ def print_picture(picture: Image.Image) -> None:
 
 def note(text: str) -> None:
     """A message that is not a result."""
-    print(printable(text), file=sys.stderr)
+    _tell(printable(text))
 
 
 def print_error(text: str) -> None:
     """`error: what, where, what to do`, in one line."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
-    print(f"{label} {printable(text)}", file=sys.stderr)
+    _tell(f"{label} {printable(text)}")
+
+
+def _tell(line: str) -> None:
+    """To stderr. That nothing can be written there does not change what becomes of the work."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at exit
 
 
 def printable(text: str) -> str:
