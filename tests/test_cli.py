@@ -17,6 +17,7 @@ import qlip_core as qlip
 from qlip_cli.doctor import TinyWeights
 from qlip_cli.main import main
 from qlip_cli.outputs import safe_names
+from qlip_cli.reconstruct import picture_of
 from qlip_core.metrics import psnr, ssim
 
 
@@ -223,6 +224,18 @@ def test_reconstruct(cli: Qlip, model: qlip.Model) -> None:
     sheet = np.asarray(Image.open("reconstructed.png"))
     assert sheet.shape == (4 * (2 * 15 + 64 + 4) - 4, 132, 3)
     np.testing.assert_array_equal(sheet[-64:, -64:], after[0])
+
+
+def test_labels_are_drawn_without_boxes() -> None:
+    """A letter that the font does not have would be drawn as one."""
+    half = np.zeros((64, 64, 3), np.uint8)
+
+    def labelled(name: str) -> np.ndarray:
+        return np.asarray(picture_of([(name, "30 dB", half, half)] * 2))
+
+    for name, plain in (("caf\u00e9", "cafe"), ("cafe\u0301", "cafe"), ("\u732b.png", "?.png")):
+        np.testing.assert_array_equal(labelled(name), labelled(plain))
+    assert (labelled("cafe") != labelled("?.png")).any()
 
 
 def test_show_draws_two_pixels_a_character(cli: Qlip) -> None:
