@@ -645,6 +645,31 @@ def test_stage_2_alone_needs_to_know_its_weights(place: Path, tmp_path: Path) ->
         run(place, tmp_path / "other", stage="all", stage2__lpips=0.1)
 
 
+def test_weights_of_stage_2_are_read_before_stage_1(place: Path, tmp_path: Path) -> None:
+    absent = {"stage2__lpips": 0.1, "stage2__perceptual": "absent.safetensors"}
+    with pytest.raises(RecipeError, match=r"stage2\.perceptual: .*absent\.safetensors: no such"):
+        run(place, tmp_path / "out", stage="all", **absent)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match=r"absent\.safetensors: no such"):
+        train(recipe_of(place, **absent), out=tmp_path / "out", dry_run=True, say=quiet)
+
+
+def test_stage_2_may_change_until_it_has_begun(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    short = {"stage1__steps": 1, "stage2__steps": 1}
+    with pytest.raises(CheckpointError, match="absent: no such folder"):
+        run(place, out, stage="all", **short, stage2__start=str(tmp_path / "absent"))
+    # What an earlier attempt took as its start is not what the recipe names now.
+    (out / "stage2" / "start").mkdir(parents=True)
+    (out / "stage2" / "start" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"stage1\.warmup was 2, now 1"):
+        run(place, out, stage="all", resume=True, **short, stage1__warmup=1)
+    models = run(place, out, stage="all", resume=True, **short, stage2__mse=2.0).models
+    assert list(models) == [1, 2] and Recipe.from_file(out / "recipe.toml").stage2.mse == 2.0
+    with pytest.raises(RecipeError, match=r"stage2\.mse was 2\.0, now 1\.0"):
+        run(place, out, stage="all", resume=True, **short)
+
+
 def test_changes_reach_every_level(place: Path) -> None:
     changes = ["stage1.steps=7", "stage1.learning_rate.rest=1e-3", "model.encoder.width=64"]
     recipe = recipe_of(place).changed([*changes, "stage2.start=/a/b c", "stage1.betas=[0.8, 0.9]"])

@@ -23,9 +23,10 @@ import torch
 from qlip_core.architecture import PARTS
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
-from qlip_core.errors import RecipeError
+from qlip_core.errors import CheckpointError, RecipeError
 from qlip_core.files import write_text
 from qlip_torch.model import QLIP
+from qlip_torch.perceptual import build_perceptual
 from qlip_torch.train.assemble import (
     STAGE_MODEL,
     Start,
@@ -151,8 +152,14 @@ def _settled(
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
         ]
         recipe = recipe.changed(changes)
-    if stage != "1":
+    if stage != "1" and not (out / "stage2" / STAGE_MODEL / "config.json").is_file():
         recipe.stage2.check_weights()
+        # Read once before stage 1, not only after it. A dry run tells its plans first, then builds all.
+        if recipe.stage2.lpips and recipe.stage2.perceptual != "random" and not dry_run:
+            try:
+                build_perceptual(recipe.stage2.perceptual)
+            except CheckpointError as error:
+                raise RecipeError(f"stage2.perceptual: {error}") from None
     if kept.is_file() and not dry_run and (resume or begun(out)):
         check_same_run(out, Recipe.from_file(kept), recipe, resume)
     return recipe
@@ -175,10 +182,14 @@ def begun(out: Path) -> bool:
 
 
 def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) -> None:
-    """Raises RecipeError where `out`, begun with `old`, cannot go on with `new`."""
+    """Raises RecipeError where `out`, begun with `old`, cannot go on with `new`. Until stage 2 has begun, all of
+    `stage2` may change."""
     if not resume:
         raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
-    if changed := difference(old.to_dict(), new.to_dict()):
+    before, now = old.to_dict(), new.to_dict()
+    if not begun(out / "stage2"):
+        before, now = before | {"stage2": {}}, now | {"stage2": {}}
+    if changed := difference(before, now):
         raise RecipeError(
             f"{out}: was begun with another recipe ({changed}); resume it with its own, "
             "or start anew elsewhere (the recipe's `start` continues from weights alone)"
@@ -206,8 +217,10 @@ def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
         out.mkdir(parents=True, exist_ok=True)
         # Only what a run left that never began: another folder's `tokenizer` is not ours to remove.
         if (out / RECIPE).is_file() and not begun(out):
-            for left in (out / TOKENIZER, out / "stage2" / "start"):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(out / TOKENIZER, ignore_errors=True)
+        # Until stage 2 has begun, its recipe may name another start.
+        if (out / RECIPE).is_file() and not begun(out / "stage2"):
+            shutil.rmtree(out / "stage2" / "start", ignore_errors=True)
         if not (out / TOKENIZER).is_dir():
             write_tokenizer(recipe, out / TOKENIZER)
         # Last: a folder without it is no run yet.
