@@ -30,6 +30,7 @@ from qlip_torch.train.checkpoints import Checkpoints, latest_checkpoint
 from qlip_torch.train.data import Source
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
+from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
@@ -431,6 +432,17 @@ def test_a_killed_run_resumes_to_the_same_losses(place: Path, tmp_path: Path) ->
     whole, killed = (open_checkpoint(p / "stage1" / "model") for p in (tmp_path / "whole", out))
     for name, values in whole.tensors().items():
         np.testing.assert_array_equal(killed.tensor(name), values)
+
+
+def test_a_folder_holds_one_run_at_a_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_torch.train.lock._PATIENCE", 0.2)
+    out = tmp_path / "out"
+    with only_run_in(out), pytest.raises(RecipeError, match=r"out: process \d+ on .* is training"):
+        run(place, out, stage1__steps=1)
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    run(place, out, stage1__steps=1)
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_143(place: Path, tmp_path: Path) -> None:

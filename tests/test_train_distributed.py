@@ -11,6 +11,7 @@ import pytest
 import torch
 from training import curve, finish, settings, start_run, write_data, write_recipe
 
+from qlip_torch.train.checkpoints import latest_checkpoint
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
 
@@ -103,3 +104,23 @@ def test_shards_train_stage_2(single: Path, tmp_path: Path) -> None:
     options = ["--stage", "2", "--set", "engine.parallel=fsdp", "--set", stage1]
     finish(start_run(single / "recipe.toml", tmp_path / "fsdp", *options, ranks=2))
     same_curve(tmp_path / "fsdp", single / "single", 2)
+
+
+def test_processes_end_with_their_launcher(single: Path, tmp_path: Path) -> None:
+    """torchrun is killed: its processes write a checkpoint and stop, as after SIGTERM."""
+    out, endless = tmp_path / "out", ["stage1.steps=100000", "checkpoints.every=100000"]
+    changes = [word for change in endless for word in ("--set", change)]
+    process = start_run(single / "recipe.toml", out, *changes, ranks=2)
+    metrics = out / "stage1" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and metrics.stat().st_size:
+            break
+        time.sleep(0.05)
+    process.kill()
+    # Both hold its stderr open until they have ended.
+    _, errors = process.communicate(timeout=60)
+    assert errors.count("with a checkpoint; go on with --resume") == 2, errors
+    path = latest_checkpoint(out / "stage1" / "checkpoints")
+    assert path is not None
+    assert int(path.name.removeprefix("step-")) == curve(out)[-1][0]

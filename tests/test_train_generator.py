@@ -34,6 +34,7 @@ from qlip_torch.train.generator.plan import forward_flops, make_plan
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.run import make_conditioner, train_generator
 from qlip_torch.train.generator.stage import GeneratorStage
+from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.recipe import GENERATOR, Recipe, recipe_names
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -360,6 +361,14 @@ def test_a_run_is_not_begun_twice_or_with_another_recipe(place: Path, tmp_path: 
         run(recipe.changed(["model.width=64"]), tmp_path, steps=1, resume=True)
     with pytest.raises(RecipeError, match="no run there"):
         train_generator(None, out=tmp_path / "none", resume=True)
+
+
+def test_a_folder_holds_one_run_at_a_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlip_torch.train.lock._PATIENCE", 0.2)
+    with only_run_in(tmp_path), pytest.raises(RecipeError, match="is training there"):
+        run(recipe_of(place), tmp_path, steps=1)
 
 
 def test_a_dry_run_leaves_nothing(place: Path, tmp_path: Path) -> None:

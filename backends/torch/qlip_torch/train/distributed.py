@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
     if size == 1 and engine.parallel == "ddp":
         yield World(0, 1, device)
         return
+    if size > 1:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         if size == 1:
@@ -135,6 +138,14 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
         raise peer_error(error) from error
     finally:
         dist.destroy_process_group()
+
+
+def _end_with(launcher: int) -> None:
+    """Stop as after SIGTERM, with a checkpoint, once the launcher is gone: a job that is started again must not
+    meet its old processes."""
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _line(error: BaseException) -> str:

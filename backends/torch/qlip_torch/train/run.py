@@ -42,6 +42,7 @@ from qlip_torch.train.data import merge_states
 from qlip_torch.train.distributed import StopRequest, World, joined
 from qlip_torch.train.export import export_stage
 from qlip_torch.train.figures import save_comparison, save_curves
+from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.plan import Plan, make_plan, parts_of
@@ -109,10 +110,11 @@ def train(
     with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         if dry_run:
             return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
-        _prepare(recipe, stage, out, world)
-        run = _Run(recipe, out, world, stop, say)
-        models = {number: run.stage(number) for number in stages}
-        report = run.report(models)
+        with only_run_in(out) if world.is_first else nullcontext():
+            _prepare(recipe, stage, out, world)
+            run = _Run(recipe, out, world, stop, say)
+            models = {number: run.stage(number) for number in stages}
+            report = run.report(models)
     return Result(out, models, report, run.plans)
 
 
@@ -214,7 +216,6 @@ def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str
 
 def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
     if world.is_first:
-        out.mkdir(parents=True, exist_ok=True)
         # Only what a run left that never began: another folder's `tokenizer` is not ours to remove.
         if (out / RECIPE).is_file() and not begun(out):
             shutil.rmtree(out / TOKENIZER, ignore_errors=True)

@@ -38,6 +38,7 @@ from qlip_torch.train.generator.plan import GeneratorPlan, forward_flops, make_p
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.samples import save_samples
 from qlip_torch.train.generator.stage import GeneratorStage
+from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.precision import Precision
@@ -81,11 +82,11 @@ def train_generator(
         run = _Run(recipe, out, world, stop, say)
         if dry_run:
             return GeneratorResult(out, None, run.dry())
-        if world.is_first:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(out / RECIPE, recipe.to_toml())
-        world.barrier()
-        plan = run.train()
+        with only_run_in(out) if world.is_first else nullcontext():
+            if world.is_first:
+                write_text(out / RECIPE, recipe.to_toml())
+            world.barrier()
+            plan = run.train()
     return GeneratorResult(out, out / FOLDER, plan)
 
 
