@@ -521,6 +521,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(place: Path, tmp_path: 
 # -- checkpoints -------------------------------------------------------------------------------
 
 
+STATE = dict.fromkeys(("stage", "recipe", "config", "tokenizer", "numbers"))
+
+
 def test_checkpoints_rotate_and_latest_is_complete(tmp_path: Path) -> None:
     for background in (False, True):
         folder = tmp_path / str(background)
@@ -528,7 +531,7 @@ def test_checkpoints_rotate_and_latest_is_complete(tmp_path: Path) -> None:
         value = torch.zeros(3)
         for step in (1, 2, 3, 4):
             value += 1
-            checkpoints.save(step, {"a": value}, {"note": "x"}, {"own": step})
+            checkpoints.save(step, {"a": value}, STATE, {"data": {}, "own": step})
         # Staged before save returned: what is written does not follow the weights.
         value += 100
         checkpoints.close()
@@ -547,11 +550,11 @@ def test_checkpoints_rotate_and_latest_is_complete(tmp_path: Path) -> None:
 
 def test_what_a_kill_left_half_written_is_never_latest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
-    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    checkpoints.save(1, {"a": torch.ones(2)}, STATE, {"data": {}})
     # Killed while it wrote step 2, and after it renamed step 3 but before `latest` said so.
     (tmp_path / ".step-00000002.part").mkdir()
     assert checkpoints.latest() == tmp_path / "step-00000001"
-    checkpoints.save(2, {"a": torch.ones(2)}, {}, {})
+    checkpoints.save(2, {"a": torch.ones(2)}, STATE, {"data": {}})
     assert [p.name for p in tmp_path.glob(".step*")] == []
     (tmp_path / "latest").unlink()
     assert checkpoints.latest() == tmp_path / "step-00000002"
@@ -559,12 +562,57 @@ def test_what_a_kill_left_half_written_is_never_latest(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_other_tensors_is_refused(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
-    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    checkpoints.save(1, {"a": torch.ones(2)}, STATE, {"data": {}})
     path = checkpoints.latest()
     assert path is not None
     for target in ({"b": torch.ones(2)}, {"a": torch.ones(3)}):
         with pytest.raises(CheckpointError, match="another recipe"):
             checkpoints.load(path, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (".metadata", None, "cannot be read .*No such file"),
+        (".metadata", b"\x80\x02garbage", "cannot be read"),
+        ("__0_0.distcp", b"garbage", "the tensors cannot be read"),
+        ("__0_0.distcp", None, "the tensors cannot be read"),
+        ("state.json", b"{}", "is damaged, without stage"),
+        ("state.json", b"[]", "is damaged, without stage"),
+        ("rank-00000.json", None, "cannot be read"),
+        ("rank-00000.json", b"{}", "is damaged, without data, random"),
+        ("rank-00000.json", b'{"data": {}, "random": {"cpu": "AAAA"}}', "random numbers"),
+    ],
+)
+def test_a_damaged_checkpoint_says_what_and_how_to_go_on(
+    name: str, content: bytes | None, message: str, tmp_path: Path, capfd: Any
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    for step in (1, 2):
+        checkpoints.save(step, {"a": torch.ones(2)}, STATE, {"data": {}})
+    path = tmp_path / "step-00000002"
+    if content is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoints.load(path, {"a": torch.ones(2)})
+    shown = "*.distcp" if name.endswith("distcp") else name
+    assert str(caught.value).startswith(f"{path / shown}: ") and "\n" not in str(caught.value)
+    assert f"remove {path} to go on from step-00000001" in str(caught.value)
+    assert "Traceback" not in capfd.readouterr().err
+    shutil.rmtree(path)
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+    (tmp_path / "step-00000001" / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="no checkpoint before it"):
+        checkpoints.load(tmp_path / "step-00000001", {"a": torch.ones(2)})
+
+
+def test_a_damaged_latest_is_not_followed(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    checkpoints.save(1, {"a": torch.ones(2)}, STATE, {"data": {}})
+    (tmp_path / "latest").write_bytes(b"\xff\xfe")
+    assert checkpoints.latest() == tmp_path / "step-00000001"
 
 
 def test_a_checkpoint_runs_nothing_of_what_it_holds(tmp_path: Path) -> None:
@@ -576,7 +624,7 @@ def test_a_checkpoint_runs_nothing_of_what_it_holds(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "ran"),)
 
     checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
-    checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+    checkpoints.save(1, {"a": torch.ones(2)}, STATE, {"data": {}})
     path = checkpoints.latest()
     assert path is not None
     (path / ".metadata").write_bytes(pickle.dumps(Evil()))

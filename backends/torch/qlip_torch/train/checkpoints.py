@@ -18,6 +18,7 @@ import json
 import pickle
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,9 @@ from qlip_core.files import write_text
 from qlip_torch.train.distributed import World, lost_a_peer, peer_error
 
 LATEST, STATE = "latest", "state.json"
+# What `qlip_torch.train.loop.save` gives, and what is added here.
+_OF_THE_RUN = ("stage", "recipe", "config", "tokenizer", "numbers", "step", "ranks")
+_OF_A_RANK = ("data", "random")
 _MISSING_GROUP = "torch.distributed is disabled"
 
 
@@ -165,12 +169,16 @@ class Checkpoints:
     def load(self, path: Path, tensors: dict[str, Tensor]) -> Resumed:
         """Read a checkpoint into `tensors`, in place, whatever number of ranks wrote it.
 
-        Every rank must call. Raises CheckpointError where it does not fit.
+        Every rank must call. Raises CheckpointError where it is damaged or does not fit.
         """
         read_checkpoint(path, tensors, self._world.checkpoint_group)
         state = read_state(path)
-        ranks = [_read(path / f"rank-{rank:05d}.json") for rank in range(state["ranks"])]
-        _restore_random_state(ranks, self._world)
+        ranks = [_read(path / f"rank-{r:05d}.json", _OF_A_RANK) for r in range(state["ranks"])]
+        try:
+            _restore_random_state(ranks, self._world)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            what = f"the state of random numbers cannot be set ({_cause(error)})"
+            raise _damaged(path / f"rank-{self._world.rank:05d}.json", what) from None
         return Resumed(path, state, ranks)
 
 
@@ -179,7 +187,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     folder = Path(folder)
     try:
         named = folder / (folder / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
+    except (OSError, ValueError):
         named = None
     complete = _complete(folder)
     if named in complete:
@@ -188,8 +196,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json: step, stage, recipe, config, ..."""
-    return _read(path / STATE)
+    """A checkpoint's state.json: step, stage, recipe, config, ... Raises CheckpointError where it is damaged."""
+    return _read(path / STATE, _OF_THE_RUN)
 
 
 def read_checkpoint(
@@ -199,6 +207,18 @@ def read_checkpoint(
 
     Raises CheckpointError where it is damaged, or has no such tensors.
     """
+    # Before torch reads it, which logs a traceback of what goes wrong.
+    try:
+        table = _Reader(path).read_metadata().state_dict_metadata
+        sizes = {name: list(entry.size) for name, entry in table.items()}
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(path / ".metadata", f"cannot be read ({_cause(error)})") from None
+    for name, tensor in tensors.items():
+        if sizes.get(name) != list(tensor.shape):
+            raise CheckpointError(
+                f"{path}: {name} is {sizes.get(name, 'absent')}, not {list(tensor.shape)}; was it written "
+                "by another recipe?"
+            )
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=_MISSING_GROUP)
@@ -206,9 +226,19 @@ def read_checkpoint(
                 tensors, storage_reader=_Reader(path), process_group=group, no_dist=group is None
             )
     except (dcp.CheckpointException, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({_cause(error)}); was it written by another recipe?"
-        ) from None
+        raise _damaged(path / "*.distcp", f"the tensors cannot be read ({_cause(error)})") from None
+
+
+def _damaged(file: Path, what: str) -> CheckpointError:
+    """The error for a checkpoint's `file`, and how to go on: from the newest complete one before it."""
+    folder = file.parent
+    older = [path.name for path in _complete(folder.parent) if path.name < folder.name]
+    way = (
+        f"remove {folder} to go on from {older[-1]}, which is before it"
+        if older
+        else "there is no checkpoint before it to go on from"
+    )
+    return CheckpointError(f"{file}: {what}; {way}")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
@@ -223,11 +253,16 @@ def _cause(error: BaseException) -> str:
     return (str(inner).strip() or type(inner).__name__).splitlines()[-1]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """A JSON object that has these keys. Raises CheckpointError for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: a checkpoint's file cannot be read ({error})") from None
+        raise _damaged(path, f"cannot be read ({_cause(error)})") from None
+    missing = [key for key in keys if not isinstance(values, dict) or key not in values]
+    if missing:
+        raise _damaged(path, f"is damaged, without {', '.join(missing)}")
+    return values
 
 
 def _complete(folder: Path) -> list[Path]:
