@@ -4,9 +4,11 @@ import copy
 import math
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -293,6 +295,24 @@ def test_measured_rate_and_memory_have_their_units():
     rate = matmul_rate("cpu", torch.float32, size=128, seconds=0.02)
     assert 1e7 < rate < 1e14
     assert 5e7 < peak_memory("cpu") < 1e12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_moment_of_a_busy_cpu_is_not_the_rate(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products that wait: the first few small ones say nothing of the large."""
+    honest, seen = torch.mm, []
+
+    def mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append(len(a))
+        if len(seen) <= 3:
+            time.sleep(0.01)
+        return honest(a, b, **options) if dtype == torch.float32 else a
+
+    monkeypatch.setattr(torch, "mm", mm)
+    matmul_rate("cpu", dtype, size=160, seconds=0.01)
+    assert seen[-1] == 160
 
 
 # --- two processes: sharded equals whole -----------------------------------------------------------

@@ -521,7 +521,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(place: Path, tmp_path: 
 # -- checkpoints -------------------------------------------------------------------------------
 
 
-STATE = dict.fromkeys(("stage", "recipe", "config", "tokenizer", "numbers"))
+STATE: dict[str, Any] = dict.fromkeys(("stage", "recipe", "config", "tokenizer", "numbers"))
 
 
 def test_checkpoints_rotate_and_latest_is_complete(tmp_path: Path) -> None:
@@ -706,7 +706,7 @@ def test_stage_2_alone_needs_to_know_its_weights(place: Path, tmp_path: Path) ->
 
 
 def test_weights_of_stage_2_are_read_before_stage_1(place: Path, tmp_path: Path) -> None:
-    absent = {"stage2__lpips": 0.1, "stage2__perceptual": "absent.safetensors"}
+    absent: dict[str, Any] = {"stage2__lpips": 0.1, "stage2__perceptual": "absent.safetensors"}
     with pytest.raises(RecipeError, match=r"stage2\.perceptual: .*absent\.safetensors: no such"):
         run(place, tmp_path / "out", stage="all", **absent)
     assert not (tmp_path / "out").exists()
@@ -716,7 +716,7 @@ def test_weights_of_stage_2_are_read_before_stage_1(place: Path, tmp_path: Path)
 
 def test_stage_2_may_change_until_it_has_begun(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    short = {"stage1__steps": 1, "stage2__steps": 1}
+    short: dict[str, Any] = {"stage1__steps": 1, "stage2__steps": 1}
     with pytest.raises(CheckpointError, match="absent: no such folder"):
         run(place, out, stage="all", **short, stage2__start=str(tmp_path / "absent"))
     # What an earlier attempt took as its start is not what the recipe names now.
