@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,14 @@ from qlip_torch.train.data import Source
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.lock import only_run_in
-from qlip_torch.train.metrics import read_metrics
+from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.plan import activation_bytes, make_plan
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import EngineRecipe, Recipe, recipe_names
 from qlip_torch.train.run import Result, train
-from qlip_torch.train.stage import LayerProbe, last_shared_layer
+from qlip_torch.train.stage import Bits, LayerProbe, StepReport, last_shared_layer
 from qlip_torch.train.stage1 import Stage1Losses, Stage1Network, build_stage1
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -402,6 +403,37 @@ def test_skipped_samples_are_told_and_counted(
     assert list(last["skipped"]) == ["broken image"]
     assert f"skipped: {tmp_path / 'a.tar'}: broken: broken image" in capsys.readouterr().err
     assert "Skipped samples (of the first process): broken image" in (out / "report.md").read_text()
+
+
+def test_the_live_line_keeps_whole_what_matters_most(tmp_path: Path) -> None:
+    metrics = Metrics(
+        tmp_path,
+        1,
+        stage=1,
+        steps=120_000,
+        start=0,
+        batch=65_536,
+        code_dim=28,
+        speed=Speed(1e11, 1e12, 1),
+        device=torch.device("cpu"),
+    )
+    names = ("mse", "commitment", "bsq", "per_sample_entropy", "codebook_entropy", "align")
+    bits = Bits((0.0, *(0.5,) * 26, 0.98))
+    report = StepReport(dict.fromkeys(names, 1.0), 1003.5, 0.1, 1.0, bits)
+    metrics._begin = (0, time.perf_counter() - 500 * 3600)
+    metrics._rate = 12345.0
+    metrics.close()
+    whole = metrics.line(119_000 - 1, report)
+    assert len(whole) <= 215 and whole == metrics.line(119_000 - 1, report, 215)
+    assert whole.startswith("stage 1  118999/120000  ETA 4 h 12 min  12345 img/s  loss 1003.5")
+    assert "  bits 0.00-0.98 (healthy 0.30-0.70), 4% dead, entropy " in whole
+    assert whole.index("of peak") < whole.index("mse 1.0000") < whole.index("align 1.0000")
+    early = metrics.line(800, report, 79)
+    assert "  ETA 74,500 h  " in early and early.endswith("  bits 0.00-0.98")
+    # Pieces are dropped whole, the last first.
+    shorter = {metrics.line(118_999, report, width) for width in range(len(whole) + 1)}
+    ordered = sorted(shorter, key=len)
+    assert len(ordered) == 15 and all(b.startswith(a) for a, b in pairwise(ordered))
 
 
 # -- stopping and going on ---------------------------------------------------------------------

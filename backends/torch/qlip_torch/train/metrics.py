@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Metrics:
             self._write(done, values)
         if self._terminal or now - self._shown > QUIET_SECONDS or last:
             self._shown = now
-            self._show(self.line(done, report))
+            self._show(done, report)
 
     def _skipped(self, bad: dict[str, Any] | None) -> dict[str, int]:
         """Counts by reason so far; those that are named and new are told."""
@@ -144,39 +145,43 @@ class Metrics:
             for name, value in _flat(values):
                 self._board.add_scalar(f"{self._stage.replace(' ', '')}/{name}", value, done)
 
-    def line(self, done: int, report: StepReport) -> str:
-        """The live line."""
-        terms = "  ".join(f"{name} {_short(report.terms[name])}" for name in _shown(report))
-        parts = [
+    def line(self, done: int, report: StepReport, width: int | None = None) -> str:
+        """The live line, what matters most first: of its pieces as many as fit into `width`, None for all."""
+        pieces = [
             f"{self._stage}  {done}/{self._steps}",
-            f"loss {_short(report.total)}",
-            terms,
+            f"  ETA {self._remaining(done)}",
+            f"  {self._rate:.0f} img/s",
+            f"  loss {_short(report.total)}",
         ]
         if report.bits is not None:
             bits = report.bits
-            verdict = "" if bits.healthy else " (healthy 0.30-0.70)"
-            dead = f", {bits.dead:.0%} dead" if bits.dead else ""
-            parts.append(
-                f"bits {bits.low:.2f}-{bits.high:.2f}{verdict}{dead}, "
-                f"entropy {self._entropy(report):.0%}"
-            )
-        parts.append(
-            f"{self._rate:.0f} img/s  {self._speed.utilisation(self._rate):.0%} of peak  "
-            f"{size_text(peak_memory(self._device))}"
+            pieces.append(f"  bits {bits.low:.2f}-{bits.high:.2f}")
+            if not bits.healthy:
+                pieces.append(" (healthy 0.30-0.70)")
+            if bits.dead:
+                pieces.append(f", {bits.dead:.0%} dead")
+            pieces.append(f", entropy {self._entropy(report):.0%}")
+        pieces += [
+            f"  {self._speed.utilisation(self._rate):.0%} of peak",
+            f"  {size_text(peak_memory(self._device))}",
+            *(f"  {name} {_short(report.terms[name])}" for name in _shown(report)),
+        ]
+        lengths = accumulate(len(piece) for piece in pieces)
+        return "".join(
+            piece for piece, end in zip(pieces, lengths) if width is None or end <= width
         )
-        return "  ".join([*parts, f"ETA {self._remaining(done)}"])
 
     def _remaining(self, done: int) -> str:
         start, began = self._begin
         each = (time.perf_counter() - began) / max(done - start, 1)
         return duration(each * (self._steps - done))
 
-    def _show(self, line: str) -> None:
+    def _show(self, done: int, report: StepReport) -> None:
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            sys.stderr.write("\r" + line[: width - 1].ljust(width - 1))
+            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            sys.stderr.write("\r" + self.line(done, report, width).ljust(width))
         else:
-            sys.stderr.write(line + "\n")
+            sys.stderr.write(self.line(done, report) + "\n")
         sys.stderr.flush()
 
     def close(self) -> None:
@@ -194,8 +199,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def duration(seconds: float) -> str:
-    """3 h 05 min, 12 min 04 s, 9 s."""
+    """123 h, 3 h 05 min, 12 min 04 s, 9 s."""
     whole = round(seconds)
+    if whole >= 360000:
+        return f"{whole // 3600:,} h"
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
