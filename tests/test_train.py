@@ -540,7 +540,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(place: Path, tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objectives, "mse", broken)
-        with pytest.raises(NonFiniteError, match=r"loss term mse is not finite at step 5"):
+        with pytest.raises(NonFiniteError, match=r"loss term mse is not finite at step 6"):
             run(place, tmp_path / "out")
     path = latest_checkpoint(tmp_path / "out" / "stage1" / "checkpoints")
     assert path is not None and path.name == "step-00000004"

@@ -35,6 +35,7 @@ from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.run import make_conditioner, train_generator
 from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.lock import only_run_in
+from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.recipe import GENERATOR, Recipe, recipe_names
 
 CPU = World(0, 1, torch.device("cpu"))
@@ -160,6 +161,19 @@ def test_micro_batches_are_one_batch(place: Path) -> None:
         report = stage.step([stage.inputs(next(feed)) for _ in range(8 // micro)], 0)
         norms.append((report.total, report.gradient_norm))
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_step(place: Path) -> None:
+    """Steps count from 1, as in metrics.jsonl."""
+    recipe = recipe_of(place)
+    stage, model = stage_of(recipe)
+    inputs = stage.inputs(next(make_feed(recipe, stage.model.config, model, CPU)))
+    for parameter in stage.model.parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(
+        NonFiniteError, match="cross_entropy, gradient norm is not finite at step 1:"
+    ):
+        stage.step([inputs], 0)
 
 
 def test_it_learns(place: Path, tmp_path: Path) -> None:

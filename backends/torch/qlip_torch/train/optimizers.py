@@ -24,7 +24,8 @@ from qlip_core.errors import QlipError, RecipeError
 
 
 class NonFiniteError(QlipError):
-    """A loss term that became NaN or infinite; `terms` names every one that did."""
+    """A loss term that became NaN or infinite; `terms` names every one that did. `step` counts from 1, as in
+    metrics.jsonl."""
 
     def __init__(self, terms: Sequence[str], step: int | None) -> None:
         at = "" if step is None else f" at step {step}"

@@ -164,7 +164,7 @@ class Stage:
         if not wrong and not math.isfinite(gradient_norm):
             wrong = ["gradient norm"]
         if wrong:
-            raise NonFiniteError(wrong, step)
+            raise NonFiniteError(wrong, step + 1)
         usage = numbers[len(names) :]
         return terms, gradient_norm, Bits(tuple(usage)) if usage else None
 

@@ -95,7 +95,7 @@ class GeneratorStage:
         value, gradient_norm = torch.stack((loss, norm)).tolist()
         found = {LOSS: value, "gradient norm": gradient_norm}
         if wrong := [name for name, number in found.items() if not math.isfinite(number)]:
-            raise NonFiniteError(wrong, step)
+            raise NonFiniteError(wrong, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
