@@ -827,6 +827,14 @@ def test_a_plan_for_more_devices_divides_the_batch(place: Path) -> None:
         make_plan(recipe, recipe.model.config(), 1, torch.device("cpu"), 5)
 
 
+def test_a_plan_tells_of_a_warm_up_that_leaves_no_steps(place: Path) -> None:
+    recipe = recipe_of(place, stage1__warmup=2000)
+    config, cpu = recipe.model.config(), torch.device("cpu")
+    told = "  the warm-up of 2,000 steps leaves none after it: rates end at 0.004 of what the recipe says"
+    assert f"{told}; set stage1.warmup" in make_plan(recipe, config, 1, cpu, 1).lines()
+    assert "warm-up" not in "".join(make_plan(recipe, config, 2, cpu, 1).lines())
+
+
 def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
     place: Path, tmp_path: Path
 ) -> None:

@@ -387,13 +387,15 @@ def test_a_folder_holds_one_run_at_a_time(
 
 def test_a_dry_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    result = train_generator(recipe_of(place), out=tmp_path / "x", dry_run=True, say=lines.append)
+    recipe = recipe_of(place, "training.warmup=6")
+    result = train_generator(recipe, out=tmp_path / "x", dry_run=True, say=lines.append)
     assert result.generator is None and not (tmp_path / "x").exists()
     plan = result.plan
     assert plan is not None
     config = plan.config
     assert plan.parameters == sum(w.size for w in init_weights(config).values())
     assert plan.images == 48 and plan.state_bytes == 16 * plan.parameters
+    assert "set training.warmup" in "".join(lines)
     assert "48 images, 384 sub-tokens" in lines[1] and "memory per device" in lines[3]
 
 

@@ -45,6 +45,7 @@ class Cost:
     micro_batches: int
     devices: int
     meant_for: int
+    warmup: int
     precision: str
     state_bytes: int
     activation_bytes: int
@@ -61,10 +62,16 @@ class Cost:
     def bytes(self) -> int:
         return self.state_bytes + self.activation_bytes
 
-    def last_lines(self) -> list[str]:
-        """How long it takes, very roughly: runs reach a fifth to two thirds of the products' rate. And
-        whether these are the devices it is meant for."""
+    def last_lines(self, table: str) -> list[str]:
+        """How long it takes, very roughly: runs reach a fifth to two thirds of the products' rate. Whether the
+        warm-up, a value of the recipe's `table`, leaves any steps; and whether these are the devices it is
+        meant for."""
         out = []
+        if self.warmup >= self.steps:
+            out.append(
+                f"  the warm-up of {self.warmup:,} steps leaves none after it: rates end at "
+                f"{self.steps / self.warmup:.2g} of what the recipe says; set {table}.warmup"
+            )
         if self.rate:
             seconds = self.images * self.flops / (self.rate / 3 * self.devices)
             units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
@@ -114,7 +121,7 @@ class Plan(Cost):
             f"  memory per device about {size_text(self.bytes)}: weights, gradients and optimizer "
             f"{size_text(self.state_bytes)}, activations {size_text(self.activation_bytes)}, "
             f"losses {size_text(self.loss_bytes)}",
-            *self.last_lines(),
+            *self.last_lines(f"stage{self.stage}"),
         ]
 
 
@@ -157,6 +164,7 @@ def make_plan(
         micro_batches=micro_batches,
         devices=devices,
         meant_for=recipe.devices,
+        warmup=settings.warmup,
         precision="bfloat16" if half else "float32",
         state_bytes=state,
         activation_bytes=image * micro_batch,

@@ -45,7 +45,7 @@ class GeneratorPlan(Cost):
             f"  memory per device about {size_text(self.bytes)}: weights, "
             f"gradients and optimizer {size_text(self.state_bytes)}, activations "
             f"{size_text(self.activation_bytes)}; the frozen tokenizer comes on top",
-            *self.last_lines(),
+            *self.last_lines("training"),
         ]
 
 
@@ -77,6 +77,7 @@ def make_plan(
         micro_batches=micro_batches,
         devices=devices,
         meant_for=recipe.devices,
+        warmup=training.warmup,
         precision="bfloat16" if half else "float32",
         state_bytes=state,
         activation_bytes=image * micro_batch,
