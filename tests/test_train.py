@@ -239,6 +239,12 @@ def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
     assert "pictures/step-00000008.png" in report
 
 
+def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:
+    run(place, tmp_path, stage1__steps=2, log__pictures=0)
+    assert (tmp_path / "stage1" / "curves.png").is_file()
+    assert not (tmp_path / "stage1" / "pictures").exists()
+
+
 def test_export_is_the_newest_model(whole_run: Path, tmp_path: Path) -> None:
     exported = export(whole_run, tmp_path / "model", dtype="bfloat16")
     stored, model = open_checkpoint(exported), open_checkpoint(whole_run / "stage2" / "model")

@@ -181,6 +181,7 @@ def test_it_learns(place: Path, tmp_path: Path) -> None:
     run(recipe_of(place, "model.dropout=0.0", *changes), tmp_path / "run")
     losses = [loss for _, loss, _ in curve(tmp_path / "run")]
     assert losses[0] > 2.7 and losses[-1] < 0.35 * losses[0]
+    assert (tmp_path / "run" / "curves.png").is_file()  # also without pictures
 
 
 def test_rows_made_ahead_are_the_same_rows(place: Path) -> None:

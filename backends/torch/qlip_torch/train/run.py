@@ -271,6 +271,7 @@ class _Run:
             self._train(stage, start, folder, checkpoints, done, until, data)
         checkpoints.close()
         if self.world.is_first:
+            save_curves(folder / "curves.png", read_metrics(folder))
             export_stage(folder, model)
         self.world.barrier()
         return model

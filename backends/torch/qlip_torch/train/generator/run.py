@@ -182,6 +182,7 @@ class _Run:
             if metrics is not None:
                 metrics.close()
         if world.is_first:
+            save_curves(out / "curves.png", read_metrics(out))
             export_generator(out, out / FOLDER)
         world.barrier()
         return plan
