@@ -41,7 +41,8 @@ DTYPES = {
     "F8_E5M2": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-_MAX_HEADER = 100 * 2**20
+# The `safetensors` package opens no file with a longer header.
+MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def write_tensors(
     """Write a safetensors file, whole or not at all (temporary file, then rename).
 
     `dtype` stores all tensors as float32, float16 or bfloat16; None keeps each array's own type.
-    One tensor is converted at a time, so a large model needs no second copy in memory.
+    One tensor is converted at a time, so a large model needs no second copy in memory. Raises CheckpointError
+    for a header that no reader would take.
     """
     stored = {name: _stored_as(name, values, dtype) for name, values in tensors.items()}
     # Wide types first keeps every tensor aligned to its own size; the format asks for no padding.
@@ -117,8 +119,13 @@ def write_tensors(
         start, end = end, end + tensors[name].size * DTYPES[stored[name]].itemsize
         shape = list(tensors[name].shape)
         header[name] = {"dtype": stored[name], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = to_json(header).encode()
     text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise CheckpointError(
+            f"{path}: not written: its header would have {len(text):,} bytes, and readers of safetensors take "
+            f"{MAX_HEADER:,}"
+        )
     with atomic_file(Path(path)) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in order:
@@ -128,6 +135,12 @@ def write_tensors(
             else:
                 raw = np.ascontiguousarray(values, DTYPES[stored[name]])
             file.write(raw.data)
+
+
+def to_json(value: object) -> str:
+    """JSON in as few bytes as it takes: escaped is only what has no UTF-8, in names that are not Unicode."""
+    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _stored_as(name: str, values: np.ndarray, dtype: str | None) -> str:
@@ -145,7 +158,7 @@ def _read_header(
     prefix: bytes, file: BinaryIO, size: int, path: Path
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     length = int.from_bytes(prefix, "little") if len(prefix) == 8 else size
-    text = file.read(length) if length <= min(_MAX_HEADER, size - 8) else b""
+    text = file.read(length) if length <= min(MAX_HEADER, size - 8) else b""
     # Some lengths look like a pickle's first bytes: only the brace after them tells.
     if looks_like_pickle(prefix) and not text.startswith(b"{"):
         raise CheckpointError(
@@ -153,7 +166,7 @@ def _read_header(
         )
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: only {size} bytes long, not a safetensors file")
-    if length > min(_MAX_HEADER, size - 8):
+    if length > min(MAX_HEADER, size - 8):
         raise CheckpointError(
             f"{path}: not a safetensors file, or cut short (header of {length} bytes, file of {size})"
         )

@@ -17,9 +17,10 @@ import numpy as np
 
 from qlip_core import bsq
 from qlip_core.errors import CheckpointError, TokenFileError
-from qlip_core.tensorfile import TensorFile, write_tensors
+from qlip_core.tensorfile import MAX_HEADER, TensorFile, to_json, write_tensors
 
 FORMAT, VERSION = "qlip-tokens", "1"
+_OTHERS = 4096  # bytes that a header has room for besides the names
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,14 +167,15 @@ class VisualTokens:
     # -- on disk -----------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a `.qlip` file, whole or not at all. Raises OSError where that cannot be."""
+        """Write a `.qlip` file, whole or not at all. Raises TokenFileError for names that it cannot hold,
+        OSError where it cannot be written."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
             "length": str(self.length),
             "grid": f"{self.grid[0]}x{self.grid[1]}",
             "model": self.model,
-            "names": json.dumps(list(self.names)),
+            "names": names_text(self.names),
         }
         write_tensors(path, {"bits": self.packed}, metadata=metadata)
 
@@ -230,4 +232,18 @@ class VisualTokens:
                 packed[:, -1] &= 0xFF << padding & 0xFF  # compared, and written, as zeros
             return tokens
         except (ValueError, RecursionError) as error:
-            raise TokenFileError(f"{path}: the token file's header is damaged ({error})") from None
+            reason = f" ({error})" if str(error) else ""
+            raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None
+
+
+def names_text(names: Sequence[str]) -> str:
+    """The names of images as a token file holds them. Raises TokenFileError for more than its header takes."""
+    text = to_json(list(names))
+    size = len(to_json(text).encode())
+    if size > MAX_HEADER - _OTHERS:
+        raise TokenFileError(
+            f"the names of {len(names):,} images take {size / 1e6:,.1f} MB, and a token file holds "
+            f"{MAX_HEADER / 1e6:.0f} MB of them: make several files of fewer images, or token shards "
+            "(`qlip tokenize`)"
+        )
+    return text

@@ -25,6 +25,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import qlip_core as qlip
+from qlip_cli.inputs import ImageFile
 from qlip_cli.main import main
 from qlip_core.errors import ImageError, TokenFileError
 from qlip_core.tensorfile import write_tensors
@@ -238,6 +239,16 @@ def test_existing_outputs_stay(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> No
         assert Path(output).read_bytes() != b"mine"
     assert "is one of the inputs" in cli("encode", "good.png", "-o", "good.png", "-f").error
     assert not list(Path().glob(".*"))
+
+
+def test_more_names_than_a_token_file_holds(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [ImageFile("good.png", "n" * 1000)] * 100_000
+    monkeypatch.setattr("qlip_cli.encode.collect_images", lambda arguments: many)
+    expected = "make several files of fewer images, or token shards (`qlip tokenize`)"
+    assert expected in cli("encode", "photos", "-m", "absent", plain=True).error
+    prompt = "a" * 1000
+    drawing = ("generate", prompt, "-n", "100000", "--save-tokens", "-m", "absent")
+    assert expected in cli(*drawing, plain=True).error
 
 
 def test_places_that_cannot_be_written_to(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:

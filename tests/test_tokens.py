@@ -14,7 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from qlip_core import VisualTokens, bsq
-from qlip_core.errors import TokenFileError
+from qlip_core.errors import CheckpointError, TokenFileError
+from qlip_core.tensorfile import MAX_HEADER, write_tensors
 
 
 @st.composite
@@ -126,6 +127,32 @@ def test_file_layout_is_open_to_any_tool(tmp_path: Path) -> None:
     assert packed.shape == (3, 21) and packed.dtype == np.uint8
     np.testing.assert_array_equal(np.unpackbits(packed, axis=1), bits.reshape(3, -1))
     assert [p.name for p in tmp_path.iterdir()] == ["t.qlip"]
+
+
+def test_names_take_few_bytes_and_any_name_goes(tmp_path: Path) -> None:
+    names = ("ä" * 1000, 'a "b" \\ \n \u2028', "\udcff.png", "猫")
+    tokens = VisualTokens(np.zeros((4, 1), np.uint8), 1, (1, 1), names=names)
+    tokens.save(tmp_path / "a.qlip")
+    assert VisualTokens.load(tmp_path / "a.qlip").names == names
+    with safe_open(tmp_path / "a.qlip", "np") as file:
+        assert json.loads(file.metadata()["names"]) == list(names)
+    assert (tmp_path / "a.qlip").stat().st_size < 2500
+
+
+def test_names_that_no_reader_would_take_are_not_written(tmp_path: Path) -> None:
+    count = 100_000
+    tokens = VisualTokens(np.zeros((count, 1), np.uint8), 1, (1, 1), names=("n" * 1000,) * count)
+    with pytest.raises(TokenFileError, match=r"names of 100,000 images take 100\.\d MB.*fewer"):
+        tokens.save(tmp_path / "a.qlip")
+    with pytest.raises(CheckpointError, match=r"b: not written: its header would have 100,000,\d+"):
+        write_tensors(tmp_path / "b", {}, metadata={"x": "x" * MAX_HEADER})
+    assert not list(tmp_path.iterdir())
+    # To the last byte what the safetensors package opens.
+    room = MAX_HEADER - len('{"__metadata__":{"x":""}}')
+    write_tensors(tmp_path / "c", {}, metadata={"x": "x" * room})
+    with safe_open(tmp_path / "c", "np") as file:
+        assert len(file.metadata()["x"]) == room
+    (tmp_path / "c").unlink()  # or it would stay on the disk with the last runs' folders
 
 
 def test_indexing_and_concatenation_keep_names() -> None:

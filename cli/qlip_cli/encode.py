@@ -41,11 +41,12 @@ def encode(
     path = output_file(
         output, default_name(images, len(files)), force=force, inputs=[f.path for f in files]
     )
+    from qlip_core.tokens import VisualTokens, names_text
+
+    names_text([f.name for f in files])  # what cannot be saved is said before any work
     network = options.load_model(model, revision, backend, device, dtype)
 
     import numpy as np
-
-    from qlip_core import VisualTokens
 
     config = network.config
     row = (config.num_patches * config.code_dim + 7) // 8

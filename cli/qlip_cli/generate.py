@@ -83,7 +83,12 @@ def generate(
     check_seed(seed)
     count = number * len(wanted)
     check_count(count, output, grid)
-    names = picture_names([p for p in wanted for _ in range(number)], seed)
+    all_prompts = [prompt for prompt in wanted for _ in range(number)]
+    if save_tokens:
+        from qlip_core.tokens import names_text
+
+        names_text(all_prompts)  # what cannot be saved is said before any work
+    names = picture_names(all_prompts, seed)
     sheet_name = names[0] if len(wanted) == 1 else f"sheet-{seed}.png"
     out = output or Path(names[0] if count == 1 else sheet_name if grid else "generated")
     if grid and count > 1 and out.is_dir():
