@@ -13,7 +13,9 @@ from configurations import random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_cli.generate import picture_names, sheet_of
+from qlip_cli.generate import check_sheet, picture_names, sheet_of
+from qlip_cli.outputs import save_picture
+from qlip_cli.provenance import text_chunks
 from qlip_core.generator.architecture import init_weights
 from qlip_core.generator.checkpoint import save_generator
 from qlip_core.generator.config import GeneratorConfig
@@ -158,6 +160,36 @@ def test_sheets_are_near_to_square() -> None:
         rows, columns = shape
         sheet = sheet_of(np.zeros((count, 8, 8, 3), np.uint8), number)
         assert sheet.shape == (rows * 10 - 2, columns * 10 - 2, 3)
+
+
+def test_sheets_end_where_programs_stop_opening_them(
+    cli: Qlip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 130 * 130)
+    assert cli("generate", "a", "-n", "4", "--grid", "-o", "x.png").code == 0
+    run = cli("generate", "a", "-n", "1000000", "--grid", "-o", "y.png")
+    assert "1,000,000 pictures make a sheet of 65,998x65,998 pixels" in run.error
+    assert not Path("y.png").exists()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    check_sheet(10**6, 1, 64)
+
+
+def test_a_record_is_read_from_pictures_of_any_size(
+    cli: Qlip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_picture(Path("x.png"), np.zeros((9, 9, 3), np.uint8), text_chunks({"a": 1, "qlip": "0"}))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    assert cli("info", "x.png", "--json", plain=True).json == {
+        "picture": "x.png",
+        "a": 1,
+        "qlip": "0",
+    }
+    whole = Path("x.png").read_bytes()
+    at = whole.index(b"qlip\0")
+    Path("x.png").write_bytes(whole[:at] + b"Q" + whole[at + 1 :])
+    assert "x.png: damaged picture (broken PNG file" in cli("info", "x.png", plain=True).error
+    Path("x.png").write_bytes(whole[:40])
+    assert "x.png: damaged picture" in cli("info", "x.png", plain=True).error
 
 
 def test_names_follow_prompts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections import Counter
@@ -105,6 +106,8 @@ def generate(
     sampling = settings_of(
         network, temperature, top_k, top_p, cfg_scale, cfg_schedule, cfg_interval
     )
+    if picture is not None and count > 1:
+        check_sheet(count, number, network.config.image_size)
     tokens = draw(network, wanted, number, seed, sampling, batch_size)
     facts = facts_of(network, seed, sampling)
     records = [
@@ -306,18 +309,37 @@ def fill(
         folder.show()
 
 
-def sheet_of(pictures: np.ndarray, number: int) -> np.ndarray:
-    """Pictures uint8 [B, S, S, 3] on one sheet: a row for each prompt, or, with one picture a prompt or
-    one prompt, as near to a square as it goes."""
-    import math
+def sheet_size(count: int, number: int, side: int) -> tuple[int, int, int]:
+    """(columns, width, height): a row for each prompt, or, with one picture a prompt or one prompt, as near to
+    a square as it goes."""
+    columns = number if 1 < number < count else math.ceil(math.sqrt(count))
+    step = side + _GAP
+    return columns, columns * step - _GAP, math.ceil(count / columns) * step - _GAP
 
+
+def check_sheet(count: int, number: int, side: int) -> None:
+    """Raises GenerationError for a sheet that is more than Pillow opens without complaint."""
+    from PIL import Image
+
+    from qlip_core.errors import GenerationError
+
+    _, width, height = sheet_size(count, number, side)
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and width * height > most:
+        raise GenerationError(
+            f"--grid: {count:,} pictures make a sheet of {width:,}x{height:,} pixels, and a sheet has at most "
+            f"{most:,}: draw fewer on it, or leave out --grid for a folder"
+        )
+
+
+def sheet_of(pictures: np.ndarray, number: int) -> np.ndarray:
+    """Pictures uint8 [B, S, S, 3] on one sheet, laid out by `sheet_size`."""
     import numpy as np
 
     count, side = pictures.shape[:2]
-    columns = number if 1 < number < count else math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
+    columns, width, height = sheet_size(count, number, side)
     step = side + _GAP
-    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
+    sheet = np.full((height, width, 3), 255, np.uint8)
     for i, picture in enumerate(pictures):
         y, x = i // columns * step, i % columns * step
         sheet[y : y + side, x : x + side] = picture

@@ -7,6 +7,7 @@ object with all that the picture follows from.
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +34,11 @@ def is_picture(path: Path) -> bool:
 
 def read_record(path: Path) -> dict[str, Any]:
     """What `text_chunks` wrote. Raises ImageError for a picture that says nothing of the kind."""
-    from PIL import Image, UnidentifiedImageError
-
     from qlip_core.errors import ImageError
 
     try:
-        with Image.open(path) as image:
-            image.load()  # chunks may stand behind the pixels
-            text = getattr(image, "text", {}).get(KEY)
-    except (OSError, SyntaxError, ValueError, UnidentifiedImageError) as error:
+        text = _own_text(path)
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ImageError(f"{path}: damaged picture ({error})") from None
     if text is None:
         raise ImageError(f"{path}: says nothing of how it was made: not drawn by `qlip generate`")
@@ -52,6 +49,24 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         raise ImageError(f"{path}: what it says of how it was made is damaged") from None
     return record
+
+
+def _own_text(path: Path) -> str | None:
+    """The text chunk `qlip` of a PNG. Pixels are passed over, so a picture may be of any size."""
+    from PIL.PngImagePlugin import PngStream
+
+    with path.open("rb") as file:
+        file.seek(8)
+        chunks = PngStream(file)
+        while KEY not in chunks.im_text:
+            kind, position, length = chunks.read()
+            if kind == b"IEND":
+                return None
+            if kind in (b"tEXt", b"zTXt", b"iTXt"):
+                chunks.crc(kind, chunks.call(kind, position, length))
+            else:
+                file.seek(length + 4, 1)
+        return str(chunks.im_text[KEY])
 
 
 def _refuse(constant: str) -> None:
