@@ -268,13 +268,29 @@ def test_tokens_of_another_tokenizer_are_refused(place: Path, tmp_path: Path) ->
         run(recipe, tmp_path / "run")
 
 
-def test_a_position_in_other_shards_is_refused(place: Path) -> None:
-    recipe = recipe_of(place)
-    stage, model = stage_of(recipe)
-    feed = TokenFeed(recipe, stage.model.config, model.fingerprint, CPU, None)
-    state = feed.state_dict() | {"data": {"images": 99, "tokens": recipe.data.tokens}}
-    with pytest.raises(DataError, match="begun with 99 images, now there are 16"):
-        TokenFeed(recipe, stage.model.config, model.fingerprint, CPU, state)
+@pytest.mark.parametrize("changed", ["augmentation", "content", "count"])
+def test_a_position_in_other_shards_is_refused(changed: str, place: Path, tmp_path: Path) -> None:
+    stage, model = stage_of(recipe_of(place))
+
+    def feed(name: str, augmentation: str, state: dict[str, Any] | None) -> TokenFeed:
+        source = open_source(str(tmp_path / "data"))
+        tokenize(model, source, tmp_path / name, augmentation=augmentation)
+        recipe = recipe_of(place, f"data.tokens={tmp_path / name}")
+        return TokenFeed(recipe, stage.model.config, model.fingerprint, CPU, state)
+
+    shutil.copytree(place / "data", tmp_path / "data")
+    state = feed("tokens", "flip", None).state_dict()
+    feed("again", "flip", state)
+    first, second = sorted((tmp_path / "data").glob("*.txt"))[:2]
+    texts = first.read_text(), second.read_text()
+    if changed == "content":
+        first.write_text(texts[1])
+        second.write_text(texts[0])
+    if changed == "count":
+        first.unlink()
+    count = 15 if changed == "count" else 16
+    with pytest.raises(DataError, match=rf"begun with, of 16 images \(these are of {count}\)"):
+        feed("others", "none" if changed == "augmentation" else "flip", state)
 
 
 def test_token_sets_are_told_from_images(place: Path) -> None:

@@ -10,10 +10,12 @@ Files are mapped, so memory holds no more than the system caches. Remote sets ar
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import mmap
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from qlip_core.tokens import VisualTokens
 Rows = int | slice | Sequence[int] | np.ndarray
 # Files mapped at a time: each takes a file descriptor, of which a process on a Mac has 256.
 MAX_MAPPED = 128
+_DIGESTED = 4096  # values of each tensor: all would be hours of reading for a large set
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,19 @@ class TokenShards:
     def __len__(self) -> int:
         """Images, mirror images not counted."""
         return int(self._starts[-1])
+
+    def digest(self) -> str:
+        """SHA-256 of what tells this set from another: every shard's settings, origin and sizes, and the first
+        values of its tensors. Where the set lies, and how its source was named, do not count."""
+        digest = hashlib.sha256()
+        for shard, header in enumerate(self.headers):
+            names = sorted(header.entries)
+            sizes = [(name, header.entries[name].shape) for name in names]
+            origin = asdict(replace(header.origin, source=""))
+            digest.update(json.dumps([asdict(header.settings), origin, sizes]).encode())
+            for name in names:
+                digest.update(self._tensor(shard, name).ravel()[:_DIGESTED].tobytes())
+        return digest.hexdigest()
 
     @property
     def skipped(self) -> dict[str, Any]:

@@ -68,13 +68,14 @@ class TokenFeed:
         self._shards = TokenShards(recipe.data.tokens, fingerprint)
         self._recipe, self._config, self._world = recipe, config, world
         self._rows = _rows_of_rank(recipe, world)
-        self._identity = {"images": len(self._shards), "tokens": recipe.data.tokens}
+        self._identity = {"images": len(self._shards), "digest": self._shards.digest()}
         self._samples = 0
         if state is not None:
             if state["data"] != self._identity:
                 raise DataError(
-                    f"{recipe.data.tokens}: the run was begun with {state['data']['images']} images, "
-                    f"now there are {len(self._shards)}: restore the shards, or start anew elsewhere"
+                    f"{recipe.data.tokens}: not the token shards that the run was begun with, of "
+                    f"{state['data']['images']} images (these are of {len(self._shards)}): restore those, or "
+                    "start anew elsewhere"
                 )
             self._samples = state["samples"]
 
