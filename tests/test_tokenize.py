@@ -188,11 +188,15 @@ def test_labels_come_along_where_there_are_any(tmp_path: Path, model: qlip.Model
     """As of a set of classes: a label each, and no caption."""
     write_tar(tmp_path / "0.tar", [("a", {"png": png(0), "cls": b"7\n"}), ("b", {"png": png(1)})])
     write_tar(tmp_path / "1.tar", [("c", {"png": png(2)})])
+    labelled = [b'{"label": null}', b'{"label": "x"}', b'{"label": 3}', b'{"label": [1]}']
+    entries = [(f"{i}", {"png": png(i), "json": label}) for i, label in enumerate(labelled)]
+    write_tar(tmp_path / "2.tar", [*entries, ("4", {**entries[0][1], "cls": b"y"})])
     source = open_source(str(tmp_path), Limits(caption=False))
     tokenize(model, source, tmp_path / "out")
     shards = TokenShards(tmp_path / "out", model.fingerprint)
     assert shards.labels([2, 0, 1]) == ["", "7", ""] and shards.captions([0]) == [""]
     assert "labels" not in shards.headers[1].entries
+    assert shards.labels(slice(3, 8)) == ["", "x", "3", "", "y"]
 
 
 def test_folders_and_parquet_become_shards_too(

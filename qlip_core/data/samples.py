@@ -28,6 +28,12 @@ class Sample:
     where: str = field(default="", compare=False, repr=False)
 
 
+def label_of(meta: dict[str, Any]) -> str:
+    """The metadata's label, a name or a number; "" where there is none."""
+    value = meta.get("label", "")
+    return str(value) if isinstance(value, str | int) else ""
+
+
 @dataclass(frozen=True)
 class Bad:
     """A sample that cannot be used, and why.
@@ -82,9 +88,9 @@ def make_sample(
         meta = {}
     if not isinstance(meta, dict):
         return Bad(key, where, NOT_JSON, f"a {type(meta).__name__}")
-    if label is not None:
+    if label is not None and not label_of(meta):
         text = label if isinstance(label, str) else label.decode("utf-8-sig", "replace")
-        meta = {"label": text.strip(), **meta}
+        meta = {**meta, "label": text.strip()}
     if caption is None and isinstance(meta.get("caption"), str):
         caption = meta["caption"]
     if caption is None and not needs_caption:

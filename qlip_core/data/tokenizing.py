@@ -20,7 +20,7 @@ import numpy as np
 
 from qlip_core import bsq
 from qlip_core.data.background import in_background
-from qlip_core.data.samples import BROKEN_ARCHIVE, BROKEN_IMAGE, Bad, Sample, Tally
+from qlip_core.data.samples import BROKEN_ARCHIVE, BROKEN_IMAGE, Bad, Sample, Tally, label_of
 from qlip_core.data.shards import AnySource
 from qlip_core.data.token_format import (
     MAX_NAMED,
@@ -258,7 +258,7 @@ def _prepared(
                     continue
                 captions.append(event.sample.caption)
                 keys.append(event.sample.key)
-                labels.append(str(event.sample.meta.get("label", "")))
+                labels.append(label_of(event.sample.meta))
             if pixels and (len(pixels) == batch_size or isinstance(event, _Done)):
                 yield _Batch(np.stack(pixels), captions, keys, labels)
                 pixels, captions, keys, labels = [], [], [], []

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from qlip_core.data.draws import stable_hash
-from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Tally
+from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Tally, label_of
 from qlip_core.data.shards import iter_samples, open_source
 from qlip_core.errors import DataError, ImageError
 from qlip_core.images import ImageLike, find_images
@@ -96,7 +96,7 @@ class StoredExamples:
             if isinstance(item, Bad):
                 yield item
             else:
-                label = _label(item.meta) or item.caption
+                label = label_of(item.meta) or item.caption
                 label = self._renamed(label)
                 yield Example(item.key, item.image_bytes, item.caption, label, item.where)
 
@@ -110,11 +110,6 @@ class StoredExamples:
 
     def _renamed(self, label: str) -> str:
         return self.classes.get(label, label)
-
-
-def _label(meta: dict[str, Any]) -> str:
-    value = meta.get("label", "")
-    return str(value) if isinstance(value, str | int) else ""
 
 
 @dataclass(frozen=True)
