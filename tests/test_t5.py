@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+import qlip_core as qlip
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.conditioning import encode_prompts, t5
 from qlip_core.generator.config import GeneratorConfig
+from qlip_torch.backend import TorchBackend
 from qlip_torch.t5 import T5Encoder
 
 WORDS = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "red"]
@@ -56,3 +59,37 @@ def test_generators_name_their_t5(folder: Path, tmp_path: Path) -> None:
     assert captions.features.shape == (2, 4, 16) and captions.null.tolist() == [False, True]
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be loaded"):
         encode_prompts(["a"], t5(replace(config, t5_model=str(tmp_path))), config)
+
+
+def test_a_t5_beside_the_generator_is_found_from_anywhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = GeneratorConfig(
+        16, 1, 2, conditioner="t5", t5_model="t5", condition_size=16, prefix_length=4
+    )
+    shutil.copytree(folder, tmp_path / "generator" / "t5")
+    captions = encode_prompts(["a cat"], t5(config, tmp_path / "generator", "cpu"), config)
+    assert captions.features.any()
+    # Training notes where it was.
+    monkeypatch.chdir(tmp_path / "generator")
+    fitted = config.fitted(qlip.PRESETS["tiny"])
+    assert fitted.t5_model == str(tmp_path / "generator" / "t5")
+    assert replace(config, t5_model="google/x").fitted(qlip.PRESETS["tiny"]).t5_model == "google/x"
+
+
+@pytest.mark.parametrize("name", ["./t5", "/nowhere/t5", "runs/t5/small", "t5"])
+def test_a_path_is_no_hub_id(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)  # asking would be a TypeError
+    with pytest.raises(CheckpointError, match=f"{name}: no such folder or file, and not a hub id"):
+        T5Encoder(name, 5, "cpu")(["a"])
+
+
+@pytest.mark.parametrize(
+    ("device", "chosen"), [("cpu", "cpu"), ("cuda:1", "cuda:1"), ("gpu", "cuda:0")]
+)
+def test_t5_goes_where_the_model_is(
+    device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchBackend, "devices", lambda self: ["cuda:0", "cuda:1", "cpu"])
+    config = GeneratorConfig(16, 1, 2, conditioner="t5", condition_size=16)
+    assert t5(config, device=device)._device == chosen  # type: ignore[attr-defined]

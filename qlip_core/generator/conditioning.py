@@ -7,6 +7,7 @@ sub-token, is always a caption's last token. An empty prompt is the null prefix.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -80,13 +81,22 @@ class TextTower:
 
 
 class _CaptionBackend(Protocol):
+    def devices(self) -> list[str]: ...
+
     def t5(self, name: str, length: int, device: str) -> Conditioner: ...
 
 
-def t5(config: GeneratorConfig) -> Conditioner:
-    """FLAN-T5's encoder, which only the torch backend has; raises BackendError without torch."""
+def t5(config: GeneratorConfig, folder: Path | None = None, device: str = "auto") -> Conditioner:
+    """FLAN-T5's encoder, which only the torch backend has; raises BackendError without torch.
+
+    `folder` is the generator's, in which a T5 that is named by a path is looked for first. A `device` of another
+    backend that is none of torch's stands for "auto".
+    """
     torch: _CaptionBackend = get_backend("torch")  # type: ignore[assignment]
-    return torch.t5(config.t5_model, config.prefix_length, "auto")
+    name = config.t5_model
+    if folder is not None and (folder / name).is_dir():
+        name = str(folder / name)
+    return torch.t5(name, config.prefix_length, device if device in torch.devices() else "auto")
 
 
 def encode_prompts(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,7 +180,8 @@ class GeneratorConfig:
     ) -> GeneratorConfig:
         """This generator for pictures of `tokenizer`: its grid, its L bits as sub-tokens of
         `group_size` bits, and, with "qlip-text", its text tower's width, with a prefix no longer than
-        its texts. The fingerprints are `Checkpoint.fingerprint` and `text_fingerprint`. Raises ConfigError where `group_size` does not divide L."""
+        its texts. A T5 in a folder is named by its absolute path. The fingerprints are `Checkpoint.fingerprint`
+        and `text_fingerprint`. Raises ConfigError where `group_size` does not divide L."""
         bits = tokenizer.code_dim
         if not tokenizer.quantizes or bits % self.group_size:
             have = f"{bits} bits" if tokenizer.quantizes else "no bits"
@@ -187,6 +189,7 @@ class GeneratorConfig:
                 f"group_size (={self.group_size}) must divide the tokenizer's bits a patch ({have})"
             )
         text, ours = tokenizer.text_config, self.conditioner == "qlip-text"
+        t5 = Path(self.t5_model).expanduser()
         return dataclasses.replace(
             self,
             grid=tokenizer.grid,
@@ -195,6 +198,7 @@ class GeneratorConfig:
             prefix_length=min(self.prefix_length, text.max_position_embeddings)
             if ours
             else self.prefix_length,
+            t5_model=os.path.abspath(t5) if t5.is_dir() else self.t5_model,
             tokenizer=fingerprint,
             text_tower=text_fingerprint if ours else "",
         )

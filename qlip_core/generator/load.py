@@ -67,7 +67,7 @@ def _conditioner(
 ) -> Conditioner:
     config = found.config
     if config.conditioner == "t5":
-        return t5(config)
+        return t5(config, found.folder, network.device)
     if config.conditioner == "none":
         raise GenerationError(
             f"{found.folder}: this generator has no conditioner, so takes no prompts"

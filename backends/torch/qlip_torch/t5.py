@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from qlip_core.errors import BackendError, CheckpointError
+from qlip_core.hub import from_hub
+
+_WANTED = ("*.json", "*.safetensors", "spiece.model")
 
 
 class T5Encoder:
     """Captions -> the encoder's last hidden states, float32 [B, T, F], padded on the left.
 
+    `name` is a folder or a hub id.
     Loaded when first used, in float32: T5 overflows float16. Raises BackendError where transformers is not
     installed, CheckpointError where the model cannot be had.
     """
@@ -54,9 +59,14 @@ class T5Encoder:
                 raise BackendError(
                     "captions are encoded by FLAN-T5 here: run `pip install 'qlip[t5]'`"
                 ) from None
+            folder = Path(self._name).expanduser()
+            if not folder.is_dir():
+                # Our own way to the hub: transformers' takes a mistyped folder for an id and retries for long.
+                folder = from_hub(self._name, wanted=_WANTED)
+            own: dict[str, Any] = {"local_files_only": True}
             try:
-                tokenizer = AutoTokenizer.from_pretrained(self._name, padding_side="right")
-                model = T5EncoderModel.from_pretrained(self._name, use_safetensors=True)
+                tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", **own)
+                model = T5EncoderModel.from_pretrained(folder, use_safetensors=True, **own)
             except (OSError, ValueError) as error:
                 line = str(error).strip().splitlines()[0]
                 raise CheckpointError(f"{self._name}: cannot be loaded ({line})") from None
