@@ -538,6 +538,53 @@ def test_interrupting_leaves_nothing(cli: Qlip, tiny_model: Path) -> None:
     assert left() == {"good.png", "slow.png"}
 
 
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_termination_leaves_nothing(cli: Qlip, tiny_model: Path) -> None:
+    assert cli("encode", "good.png", "good.png").code == 0
+    program = (
+        "import os, signal, sys\n"
+        "from qlip_cli.main import main\n"
+        "from qlip_cli.outputs import PictureFolder\n"
+        "add = PictureFolder.add\n"
+        "def then_end(*what):\n"
+        "    add(*what)\n"
+        "    assert any(name.endswith('.tmp') for name in os.listdir())\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "PictureFolder.add = then_end\n"
+        "sys.exit(main())\n"
+    )
+    command = [sys.executable, "-c", program, "decode", "tokens.qlip", "-m", str(tiny_model)]
+    run = subprocess.run([*command, "-b", "numpy"], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (143, "", "terminated\n")
+    assert left() == {"good.png", "tokens.qlip"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
+def test_interrupting_the_start_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(  # what main imports, and takes long
+        "import time\nopen('begun', 'w').close()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "begin.py").write_text(
+        "from qlip_cli.__main__ import main\nraise SystemExit(main())"
+    )
+    for how in (["-m", "qlip_cli"], ["begin.py"]):
+        process = subprocess.Popen(
+            [sys.executable, *how],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (-signal.SIGINT, "")
+        (tmp_path / "begun").unlink()
+
+
 def test_nobody_reads_stdout(cli: Qlip, tiny_model: Path) -> None:
     command = [*COMMAND, "info", str(tiny_model)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from typing import Annotated
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,7 +32,7 @@ from qlip_cli.terminal import note, print_error
 from qlip_cli.tokenize import tokenize
 from qlip_cli.train import train
 
-USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE = 2, 70, 130, 141
+USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 70, 130, 141, 143
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -80,15 +84,17 @@ def root(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status: 0; 1 where some inputs failed; 2 for what the
-    user can mend; 70 for a bug; 130 when interrupted; 141 when nobody reads stdout any more."""
+    user can mend; 70 for a bug; 130 when interrupted; 141 when nobody reads stdout any more; 143 after
+    SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _make_lenient(sys.stdout)
     _make_lenient(sys.stderr)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]
     try:
-        code = _run(arguments)
-        sys.stdout.flush()
+        with _terminable(arguments):
+            code = _run(arguments)
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         # Python flushes stdout once more at exit, which must not fail again.
@@ -97,12 +103,38 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         note("interrupted")
         return INTERRUPTED
+    except Terminated:
+        note("terminated")
+        return TERMINATED
     except Exception as error:
         if debug:
             traceback.print_exception(error)
         text, code = explain(error)
         print_error(text)
         return code
+
+
+class Terminated(BaseException):
+    """SIGTERM came: everything unwinds, as after Ctrl-C, and temporary files go."""
+
+
+@contextmanager
+def _terminable(arguments: list[str]) -> Iterator[None]:
+    """SIGTERM raises Terminated, once. A training run has a way of its own, which writes a checkpoint."""
+    ours = threading.current_thread() is threading.main_thread() and arguments[0] != "train"
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def terminate(number: int, frame: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _run(arguments: list[str]) -> int:
