@@ -90,3 +90,10 @@ def hub_id(path: Path) -> str | None:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
     return None
+
+
+def model_name(path: Path) -> str:
+    """What `find_model` takes for a model, as far as its folder tells: "bundled", its id, or the folder's name."""
+    if path.is_relative_to(BUNDLED):
+        return "bundled"
+    return hub_id(path) or path.name

@@ -13,13 +13,18 @@ from configurations import random_weights
 from PIL import Image
 
 import qlip_core as qlip
+from qlip_cli.classify import read_lines
 from qlip_cli.generate import check_sheet, picture_names, sheet_of
 from qlip_cli.outputs import save_picture
 from qlip_cli.provenance import text_chunks
+from qlip_core.evaluation import read_prompts
+from qlip_core.evaluation.examples import read_classes
 from qlip_core.generator.architecture import init_weights
 from qlip_core.generator.checkpoint import save_generator
 from qlip_core.generator.config import GeneratorConfig
+from qlip_core.generator.generate import TokenDrawer
 from qlip_core.generator.sampling import Sampling
+from qlip_core.hub import find_model, model_name
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +91,8 @@ def test_one_picture_with_its_history(cli: Qlip, model: qlip.Model) -> None:
         "fingerprint": model.fingerprint,
         "generator": "generator",
         "generator_fingerprint": model.generator and model.generator.fingerprint,
+        "backend": "numpy",
+        "device": "cpu",
         "dtype": "float32",
         "qlip": qlip.__version__,
     }
@@ -103,7 +110,7 @@ def test_other_backends_draw_the_same(cli: Qlip, model: qlip.Model, backend: str
 
 
 def test_several_go_to_a_folder(cli: Qlip, model: qlip.Model) -> None:
-    Path("prompts.txt").write_text("a dog\n\n a cat \n")
+    Path("prompts.txt").write_bytes(b"a dog\r\n\r a cat \n")
     run = cli("generate", "", "--prompts-file", "prompts.txt", "-n", "2", "--json")
     assert (run.code, run.err) == (0, "")
     names = ["picture-0-1", "picture-0-2", "a-dog-0-1", "a-dog-0-2", "a-cat-0-1", "a-cat-0-2"]
@@ -115,6 +122,22 @@ def test_several_go_to_a_folder(cli: Qlip, model: qlip.Model) -> None:
     record = cli("info", "generated/a-dog-0-2.png", "--json", plain=True).json
     assert (record["prompt"], record["number"]) == ("a dog", 1)
     assert sorted(p.name for p in Path().iterdir()) == ["generated", "prompts.txt"]
+
+
+def test_a_prompt_ends_with_its_line(tmp_path: Path) -> None:
+    said = ["a\u2028b", "c\x85d\x0be\x1cf", "g"]
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(said).encode())
+    assert read_lines(tmp_path / "prompts.txt") == said
+    assert [p.text for p in read_prompts(tmp_path / "prompts.txt").prompts] == said
+    (tmp_path / "classes.tsv").write_text("0\ta\u2028b\n", encoding="utf-8")
+    assert read_classes(tmp_path / "classes.tsv") == {"0": "a\u2028b"}
+
+
+def test_the_bundled_model_is_called_what_is_asked_for() -> None:
+    bundled = find_model(None)
+    assert (model_name(bundled), model_name(bundled / "generator")) == ("bundled", "bundled")
+    assert model_name(Path("x/models--a--b/snapshots/c/generator")) == "a/b"
+    assert model_name(Path("runs/generator")) == "generator"
 
 
 def test_a_sheet(cli: Qlip, model: qlip.Model) -> None:
@@ -222,6 +245,7 @@ def test_names_follow_prompts() -> None:
         (["a", "--prompts-file", "absent.txt"], "absent.txt: cannot be read"),
         (["a", "--generator", "absent"], "absent: no such folder"),
         (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
+        (["a", "-o", "/dev/null"], "/dev/null: is no file that can be written whole"),
         (["a", "-o", "there.png"], "there.png: exists already"),
         (["a", "b", "-o", "two.png"], "two.png: is the name of one picture, and these are 2"),
         (["a", "-n", "4294967295"], "one command draws at most 1,000,000"),
@@ -242,6 +266,17 @@ def test_cut_prompts_are_told(cli: Qlip) -> None:
     run = cli("generate", "cat " * 10, "-o", "x.png")
     assert run.code == 0 and Path("x.png").exists()
     assert run.err.startswith("warning: prompt ") and run.err.endswith("its end is cut\n")
+
+
+def test_cut_prompts_are_told_before_the_work(
+    cli: Qlip, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    monkeypatch.setattr(
+        TokenDrawer, "_rows", lambda *_: told.append(capsys.readouterr().err) or 1 / 0
+    )
+    assert cli("generate", "cat " * 10, "-o", "x.png").code == 70
+    assert told[0].endswith("its end is cut\n")
 
 
 def test_an_interrupted_run_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:

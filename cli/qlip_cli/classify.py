@@ -107,7 +107,7 @@ def read_lines(path: Path) -> list[str]:
     from qlip_core.errors import TextError
 
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise TextError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:

@@ -251,15 +251,21 @@ def draw(
 
 @contextmanager
 def cuts_told() -> Iterator[None]:
-    """Turns the core's warnings of cut prompts into notes, one line each."""
+    """Turns the core's warnings of cut prompts into notes, one line each, as they come."""
     from qlip_core.generator.generate import PromptCut
 
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings():
         warnings.simplefilter("always", PromptCut)
+        show = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, PromptCut):
+                note(f"warning: {message}")
+            else:
+                show(message, category, *where)
+
+        warnings.showwarning = tell
         yield
-    for warning in caught:
-        if issubclass(warning.category, PromptCut):
-            note(f"warning: {warning.message}")
 
 
 def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
@@ -268,18 +274,19 @@ def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
     from importlib.metadata import version
 
     from qlip_core.generator.load import require_generator
-    from qlip_core.hub import hub_id
+    from qlip_core.hub import model_name
 
     generator = require_generator(network.checkpoint, network.generator)
-    folder = network.checkpoint.folder
     settings = asdict(sampling) | {"cfg_interval": list(sampling.cfg_interval)}
     return {
         "seed": seed,
         "settings": settings,
-        "model": hub_id(folder) or folder.name,
+        "model": model_name(network.checkpoint.folder),
         "fingerprint": network.fingerprint,
-        "generator": hub_id(generator.folder) or generator.folder.name,
+        "generator": model_name(generator.folder),
         "generator_fingerprint": generator.fingerprint,
+        "backend": network.backend,
+        "device": network.device,
         "dtype": network.dtype,
         "qlip": version("qlip"),
     }

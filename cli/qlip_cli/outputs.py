@@ -33,6 +33,7 @@ def output_file(
     path = Path(default) if out is None else out / default if out.is_dir() else out
     if path.is_dir():
         raise QlipError(f"{path}: is a folder; name a file with -o")
+    check_regular(path)
     if path.exists():
         if not path.is_file():
             raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
@@ -42,6 +43,14 @@ def output_file(
             raise QlipError(f"{path}: exists already; name another with -o, or overwrite: --force")
     check_writable((path.resolve() if path.is_symlink() else path).parent, path)
     return path
+
+
+def check_regular(path: Path) -> None:
+    """Raises QlipError for what exists and is neither file nor folder: a rename would replace a device."""
+    from qlip_core.errors import QlipError
+
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise QlipError(f"{path}: is no file that can be written whole; name another with -o")
 
 
 def check_writable(folder: Path, path: Path) -> None:
@@ -92,6 +101,7 @@ def picture_file(path: Path, inputs: Iterable[str | Path], *, force: bool) -> Pa
     of a picture this command writes is a QlipError."""
     from qlip_core.errors import QlipError
 
+    check_regular(path)
     if not path.suffix:
         path = path.with_name(f"{path.name}.png")
     if path.suffix.lower() not in PICTURES:

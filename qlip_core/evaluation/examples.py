@@ -131,7 +131,7 @@ def read_classes(path: str | Path) -> dict[str, str]:
     """Class names from a file of lines "folder or label<TAB>name"; raises DataError for other lines."""
     out = {}
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
     for number, line in enumerate(lines, 1):

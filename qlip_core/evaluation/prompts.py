@@ -89,7 +89,7 @@ def read_prompts(path: str | Path, classes: Sequence[str] = ()) -> PromptSet:
     Blank lines are left out. Raises DataError for a file that cannot be read, or as `PromptSet` does.
     """
     try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
+        lines = Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise DataError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
