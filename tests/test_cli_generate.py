@@ -178,6 +178,17 @@ def test_a_damaged_generator_stops_drawing_alone(
     assert drawn.code == 2 and "generator" in drawn.err
 
 
+def test_a_generators_folder_is_described(cli: Qlip, model: qlip.Model) -> None:
+    folder = model.checkpoint.folder / "generator"
+    said = cli("info", folder, "--json", plain=True).json
+    assert said["generator"] == str(folder) and said["tokenizer"] == model.fingerprint
+    assert (said["layers"], said["width"], said["conditioner"]) == (1, 32, "qlip-text")
+    assert said["sampling"]["cfg_scale"] == 2.0
+    text = cli("info", folder, plain=True).out
+    lines = [line.split() for line in text.splitlines()]
+    assert ["tokenizer", model.fingerprint] in lines and ["cfg_scale", "2.0"] in lines
+
+
 def test_sheets_are_near_to_square() -> None:
     for count, number, shape in ((5, 1, (2, 3)), (4, 4, (2, 2)), (6, 2, (3, 2)), (1, 1, (1, 1))):
         rows, columns = shape

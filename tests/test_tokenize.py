@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -527,6 +528,23 @@ def test_info_tells_what_a_shard_holds(
     assert said["model"] == model.fingerprint and said["bytes_per_image"] == 224
     assert (said["number"], said["length"], said["grid"]) == (0, 28, [8, 8])
     assert said["images"] == len(TokenShards(path, partial=True))
+
+
+def test_info_tells_what_a_folder_of_shards_holds(
+    whole: Path, tmp_path: Path, model: qlip.Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info", str(whole), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    shards = TokenShards(whole)
+    assert (said["images"], said["shards"], said["of"], said["complete"]) == (
+        len(shards), 4, 4, True,
+    )  # fmt: skip
+    assert (said["model"], said["augmentation"]) == (model.fingerprint, "flip")
+    assert said["skipped"] == shards.skipped and said["bytes_per_image"] == 224
+    shutil.copytree(whole, tmp_path / "part")
+    sorted((tmp_path / "part").iterdir())[0].unlink()
+    assert main(["info", str(tmp_path / "part")]) == 0
+    assert "3, of 4: `qlip tokenize` has not finished" in capsys.readouterr().out
 
 
 def test_a_shard_that_cannot_be_read_is_left_for_the_next_run(cli: Qlip, tars: str) -> None:

@@ -1,14 +1,17 @@
-"""`qlip info`: what a model is, or what a token file holds."""
+"""`qlip info`: what a model is, what a token file holds, how a picture was drawn."""
 
 from __future__ import annotations
 
+import json as jsonlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from qlip_cli import options
+from qlip_cli.info_tokens import describe_shard, describe_shards, describe_tokens, tokens_kind
 from qlip_cli.options import Device, Json, ModelName, Revision
 from qlip_cli.provenance import is_picture, read_record
 from qlip_cli.terminal import (
@@ -22,15 +25,15 @@ from qlip_cli.terminal import (
 
 if TYPE_CHECKING:
     from qlip_core import Checkpoint, QLIPConfig
+    from qlip_core.generator.config import GeneratorConfig
 
-_FIRST = 5  # names shown of a token file
 _STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def info(
     target: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL|TOKENS.qlip|PICTURE.png", hidden=True),
+        typer.Argument(metavar="MODEL|GENERATOR|TOKENS|PICTURE.png", hidden=True),
     ] = None,
     model: ModelName = None,
     revision: Revision = None,
@@ -55,7 +58,7 @@ def info(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Describe a model, a token file, or how a picture was drawn.
+    """Describe a model, a generator, a token file, a folder of token shards, or how a picture was drawn.
 
     Without any, the model that ships with qlip. No weights are loaded unless --backend or
     --dtype ask how the model runs.
@@ -64,11 +67,8 @@ def info(
 
     if target is not None and model is not None:
         raise QlipError(f"two models named, {target} and --model {model}: name one")
-    if target is not None and (kind := tokens_kind(Path(target))):
-        (describe_tokens if kind == "file" else describe_shard)(Path(target), json)
-        return
-    if target is not None and is_picture(Path(target)):
-        describe_picture(Path(target), json)
+    if target is not None and (describe := describer(Path(target))):
+        describe(Path(target), json)
         return
     from qlip_cli.outputs import PICTURES
 
@@ -88,98 +88,13 @@ def info(
         print_model(document)
 
 
-# -- token files -------------------------------------------------------------------------------
-
-
-def tokens_kind(path: Path) -> str:
-    """ "file" for a `.qlip` file, whatever its name; "shard" for one that `qlip tokenize` wrote; else ""."""
-    from qlip_core.data import token_format
-    from qlip_core.errors import CheckpointError
-    from qlip_core.tensorfile import TensorFile
-    from qlip_core.tokens import FORMAT
-
-    if path.suffix == ".qlip":
-        return "file"
-    if not path.is_file():
-        return ""
-    try:
-        said = TensorFile(path).metadata.get("format", "")
-    except CheckpointError:
-        return ""
-    return {FORMAT: "file", token_format.FORMAT: "shard"}.get(said, "")
-
-
-def describe_shard(path: Path, json: bool) -> None:
-    from qlip_core.data.token_format import read_header
-
-    header = read_header(path)
-    settings, origin = header.settings, header.origin
-    h, w = settings.grid
-    document = {
-        "token_shard": str(path),
-        "images": header.count,
-        "grid": [h, w],
-        "length": settings.length,
-        "bytes_per_image": settings.row_bytes,
-        "file_bytes": header.size,
-        "model": settings.model,
-        "dtype": settings.dtype,
-        "augmentation": settings.augmentation,
-        "source": origin.source,
-        "shard": origin.shard,
-        "number": origin.number,
-        "of": origin.of,
-        "skipped": header.skipped,
-    }
-    if json:
-        print_json(document)
-        return
-    flipped = ", each with its mirror image" if settings.flips else ""
-    print_line(str(path))
-    print_facts(
-        [
-            ("images", f"{header.count:,}{flipped}"),
-            ("code", f"{h}x{w} patches of {settings.length} bits, computed in {settings.dtype}"),
-            ("size", f"{size_text(settings.row_bytes)} an image, {size_text(header.size)} in all"),
-            ("made by", settings.model),
-            ("from", f"{origin.shard} (shard {origin.number + 1} of {origin.of})"),
-        ],
-        indent=2,
-    )
-
-
-def describe_tokens(path: Path, json: bool) -> None:
-    from qlip_core import VisualTokens
-
-    tokens = VisualTokens.load(path)
-    h, w = tokens.grid
-    document = {
-        "tokens": str(path),
-        "images": len(tokens),
-        "grid": [h, w],
-        "length": tokens.length,
-        "bytes_per_image": tokens.packed.shape[1],
-        "file_bytes": path.stat().st_size,
-        "model": tokens.model or None,
-        "names": list(tokens.names),
-    }
-    if json:
-        print_json(document)
-        return
-    shown = list(tokens.names[:_FIRST])
-    more = f" and {len(tokens.names) - _FIRST:,} more" if len(tokens.names) > _FIRST else ""
-    print_line(str(path))
-    print_facts(
-        [
-            ("images", f"{len(tokens):,}"),
-            ("code", f"{h}x{w} patches of {tokens.length} bits"),
-            ("size", f"{size_text(document['bytes_per_image'])} an image, "
-                     f"{size_text(document['file_bytes'])} in all"),
-            ("made by", tokens.model or "not stated: any model of these sizes decodes it"),
-            ("names", ", ".join(shown) + more if shown else "none"),
-        ],
-        indent=2,
-    )  # fmt: skip
+def describer(path: Path) -> Callable[[Path, bool], None] | None:
+    """What describes `path`, by what lies there; None for what must be a model."""
+    if kind := tokens_kind(path):
+        return {"file": describe_tokens, "shard": describe_shard, "shards": describe_shards}[kind]
+    if is_picture(path):
+        return describe_picture
+    return describe_generator if is_generator(path) else None
 
 
 # -- pictures ----------------------------------------------------------------------------------
@@ -205,6 +120,77 @@ def facts_of_record(record: dict[str, Any]) -> list[tuple[str, str]]:
         else:
             facts.append((key, str(value)))
     return facts
+
+
+# -- generators --------------------------------------------------------------------------------
+
+
+def is_generator(path: Path) -> bool:
+    """Whether a folder's config is a generator's."""
+    from qlip_core.generator.config import MODEL_TYPE
+
+    try:
+        values = jsonlib.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+
+
+def describe_generator(path: Path, json: bool) -> None:
+    from qlip_core.generator.checkpoint import open_generator
+
+    config = open_generator(path).config
+    sizes = generator_sizes(config)
+    made_for = {"tokenizer": config.tokenizer or None, "text_tower": config.text_tower or None}
+    t5 = {"t5_model": config.t5_model} if config.conditioner == "t5" else {}
+    if json:
+        print_json({"generator": str(path), "grid": list(config.grid)} | sizes | t5 | made_for)
+        return
+    h, w = config.grid
+    wide = f"{config.hidden_size} wide, {config.num_attention_heads} heads"
+    conditioner = f"{config.t5_model} (T5)" if t5 else config.conditioner
+    print_line(str(path))
+    print_facts(
+        [
+            ("generator", generator_text(sizes)),
+            ("layers", f"{config.num_hidden_layers}, {wide}"),
+            ("pictures", f"{h}x{w} patches of {config.code_dim} bits"),
+            ("captions", f"by {conditioner}, at most {config.prefix_length} tokens"),
+            ("tokenizer", config.tokenizer or "not stated: any of these sizes"),
+            *([("text tower", config.text_tower)] if config.text_tower else []),
+            *facts_of_record(sizes["sampling"]),
+        ],
+        indent=2,
+    )
+
+
+def generator_sizes(config: GeneratorConfig) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from qlip_core.generator.architecture import parameter_count
+
+    return {
+        "parameters": parameter_count(config),
+        "layers": config.num_hidden_layers,
+        "width": config.hidden_size,
+        "heads": config.num_attention_heads,
+        "conditioner": config.conditioner,
+        "prefix_length": config.prefix_length,
+        "tokens_per_image": config.tokens_per_image,
+        "values_per_token": config.visual_vocab_size,
+        "sampling": asdict(config.sampling),
+    }
+
+
+def generator_text(generator: dict[str, Any] | None) -> str:
+    if generator is not None and "problem" in generator:
+        return f"unusable: {generator['problem']}"
+    if generator is None:
+        return "none: this model draws nothing from text"
+    return (
+        f"{count_short(generator['parameters'])} parameters, {generator['tokens_per_image']} tokens of "
+        f"{generator['values_per_token']:,} values after at most {generator['prefix_length']} of text"
+    )
 
 
 # -- models ------------------------------------------------------------------------------------
@@ -248,30 +234,14 @@ def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
 def generator_document(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """Sizes and settings of the generator in the model's folder; None where there is none. One that does not
     fit the model has a `problem` instead."""
-    from dataclasses import asdict
-
     from qlip_core.errors import QlipError
-    from qlip_core.generator.architecture import parameter_count
     from qlip_core.generator.load import find_generator
 
     try:
         found = find_generator(checkpoint, None)
     except QlipError as error:
         return {"problem": str(error)}
-    if found is None:
-        return None
-    config = found.config
-    return {
-        "parameters": parameter_count(config),
-        "layers": config.num_hidden_layers,
-        "width": config.hidden_size,
-        "heads": config.num_attention_heads,
-        "conditioner": config.conditioner,
-        "prefix_length": config.prefix_length,
-        "tokens_per_image": config.tokens_per_image,
-        "values_per_token": config.visual_vocab_size,
-        "sampling": asdict(config.sampling),
-    }
+    return None if found is None else generator_sizes(found.config)
 
 
 def towers_of(config: QLIPConfig) -> list[dict[str, Any]]:
@@ -355,17 +325,6 @@ def print_model(document: dict[str, Any]) -> None:
             names = (re.sub(r"\.layers\.\d+\.", ".layers.*.", name) for name in runs["unquantized"])
             lines.append(("unquantized", ", ".join(dict.fromkeys(names)) or "nothing"))
         print_facts(lines, indent=2)
-
-
-def generator_text(generator: dict[str, Any] | None) -> str:
-    if generator is not None and "problem" in generator:
-        return f"unusable: {generator['problem']}"
-    if generator is None:
-        return "none: this model draws nothing from text"
-    return (
-        f"{count_short(generator['parameters'])} parameters, {generator['tokens_per_image']} tokens of "
-        f"{generator['values_per_token']:,} values after at most {generator['prefix_length']} of text"
-    )
 
 
 def count_short(count: int) -> str:
