@@ -278,7 +278,9 @@ def make_loader(
         workers, piece, prefetch = data.workers, micro_rows, data.prefetch
     else:
         lanes = range(rank * streams // world_size, (rank + 1) * streams // world_size)
-        piece = math.gcd(batch_size // streams, micro_rows)
+        # Where it divides, every lane has its share of every micro-batch; always, a piece lies within one.
+        share = 0 if micro_rows % len(lanes) else micro_rows // len(lanes)
+        piece = math.gcd(batch_size // streams, micro_rows, share)
         feed = LaneFeed(
             sources,
             {lane: Mixture(weights, f"{data.seed} mixture {lane}") for lane in lanes},
