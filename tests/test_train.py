@@ -31,6 +31,7 @@ from qlip_torch.train.checkpoints import Checkpoints, latest_checkpoint
 from qlip_torch.train.data import Source
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
+from qlip_torch.train.figures import save_curves
 from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.optimizers import NonFiniteError
@@ -243,6 +244,30 @@ def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:
     run(place, tmp_path, stage1__steps=2, log__pictures=0)
     assert (tmp_path / "stage1" / "curves.png").is_file()
     assert not (tmp_path / "stage1" / "pictures").exists()
+
+
+def test_curves_have_titles_axes_and_each_step_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn: list[Any] = []
+    monkeypatch.setattr(figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    lines = [
+        {
+            "step": step,
+            "terms": {"mse": value, "per_sample_entropy": 1.0, "new_term": 2.0},
+            "gradient_norm": 1.0,
+            "images_per_second": 5.0,
+            "layer_norms": {"mse": 1.0},
+        }
+        for step, value in ((1, 9.0), (2, 8.0), (3, 7.0), (2, 6.0), (3, 5.0))  # 2 and 3 done again
+    ]
+    assert save_curves(tmp_path / "curves.png", lines)
+    axes = {axis.get_title(): axis for axis in drawn[0].axes}
+    assert {"squared error of pixels", "entropy per sample (nats)", "new term"} <= axes.keys()
+    assert {axis.get_xlabel() for axis in axes.values()} == {"step"}
+    [curve] = axes["squared error of pixels"].lines
+    assert curve.get_xydata().tolist() == [[1, 9], [2, 6], [3, 5]]
 
 
 def test_export_is_the_newest_model(whole_run: Path, tmp_path: Path) -> None:

@@ -14,6 +14,26 @@ from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 
 _GAP = 2
 
+# What is drawn on a logarithmic axis, and how the numbers of `metrics.jsonl` are called.
+_LOGARITHMIC = ("mse", "align", "gradient_norm")
+_TITLES = {
+    "mse": "squared error of pixels",
+    "align": "contrastive loss (InfoNCE)",
+    "bsq": "entropy loss: per sample - codebook",
+    "per_sample_entropy": "entropy per sample (nats)",
+    "codebook_entropy": "entropy of the codebook (nats)",
+    "commitment": "commitment loss",
+    "lpips": "perceptual loss (LPIPS)",
+    "ssim": "1 - SSIM",
+    "gan": "adversarial loss",
+    "discriminator": "discriminator's loss",
+    "r1": "discriminator's gradient penalty (R1)",
+    "gradient_norm": "norm of the gradient",
+    "images_per_second": "images a second",
+    "low": "rarest bit: how often it is 1",
+    "dead": "share of bits that are always equal",
+}
+
 
 def to_images(pixels: Tensor) -> np.ndarray:
     """Normalised pixels [B, 3, S, S] to uint8 [B, S, S, 3]."""
@@ -40,22 +60,25 @@ def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
 
 
 def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
-    """Curves of `metrics.jsonl`'s lines as a PNG; False where matplotlib is not installed."""
+    """Curves of `metrics.jsonl`'s lines as a PNG; False where matplotlib is not installed.
+
+    Of a step that was done twice, before and after a run was cut off, the last line counts.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    lines = sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
     names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
     series = {
         name: [(v["step"], v["terms"][name]) for v in lines if name in v["terms"]] for name in names
     }
-    series["gradient norm"] = [(v["step"], v["gradient_norm"]) for v in lines]
-    series["images/s"] = [(v["step"], v["images_per_second"]) for v in lines]
-    for key in ("low", "high", "dead"):
-        points = [(v["step"], v["bits"][key]) for v in lines if "bits" in v]
-        if points and key != "high":
-            series[f"bits: {key}"] = points
+    for key in ("gradient_norm", "images_per_second"):
+        series[key] = [(v["step"], v[key]) for v in lines]
+    for key in ("low", "dead"):
+        if points := [(v["step"], v["bits"][key]) for v in lines if "bits" in v]:
+            series[key] = points
     columns = 3
     probed = [v for v in lines if "layer_norms" in v]
     rows = -(-(len(series) + bool(probed)) // columns)
@@ -64,11 +87,11 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     for i, (name, points) in enumerate(series.items(), 1):
         axis = figure.add_subplot(rows, columns, i)
         axis.plot(*zip(*points), linewidth=1)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(_TITLES.get(name, name.replace("_", " ")), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
         # Empty until the first line is written.
-        if points and name in ("mse", "align", "gradient norm") and min(y for _, y in points) > 0:
+        if points and name in _LOGARITHMIC and min(y for _, y in points) > 0:
             axis.set_yscale("log")
     if probed:
         axis = figure.add_subplot(rows, columns, len(series) + 1)
@@ -76,6 +99,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
             norms = [v["layer_norms"][name] for v in probed]
             axis.plot([v["step"] for v in probed], norms, label=name)
         axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
         axis.set_yscale("log")
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
