@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
+import unicodedata
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -132,6 +133,15 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise ImageError(f"{name}: expected uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
     return Image.fromarray(array)
+
+
+def drawable(text: str) -> str:
+    """In ASCII, which is all that Pillow's own font has: without accents, "?" for other letters.
+
+    What the font does not have would be drawn as boxes.
+    """
+    plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in text)
+    return "".join(p or "?" for c, p in zip(text, plain) if not unicodedata.combining(c))
 
 
 def find_images(folder: str | Path) -> list[Path]:

@@ -418,6 +418,8 @@ def test_a_sheet_holds_pictures_in_order() -> None:
         top, left = 16 + i // 2 * 68, i % 2 * 36
         assert (sheet[top : top + 32, left : left + 32] == 10 * i).all()
     assert (sheet[16:, 32:36] == 255).all()  # a long caption stays under its picture
+    plain = draw_sheet("title", pictures, ["a b", "x" * 500, "", "u", "?"], 2, scale=4)
+    np.testing.assert_array_equal(sheet, plain)  # no boxes for what the font does not have
 
 
 # -- a CLIP that is no QLIP --------------------------------------------------------------------

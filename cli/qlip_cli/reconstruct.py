@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -141,15 +140,11 @@ def picture_of(rows: list[Row]) -> Image.Image:
     return sheet
 
 
-def _drawable(text: str) -> str:
-    """In ASCII, which is all that Pillow's own font has: without accents, and "?" for what is no letter of it."""
-    plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in text)
-    return "".join(p or "?" for c, p in zip(text, plain) if not unicodedata.combining(c))
-
-
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """Cut in front, as the ends of names and labels tell more."""
-    text = _drawable(printable(text))
+    from qlip_core.images import drawable
+
+    text = drawable(printable(text))
     if font.getlength(text) <= width:
         return text
     while text and font.getlength("…" + text) > width:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from qlip_core.images import drawable
+
 _GAP = 4
 _LABEL = 16
 
@@ -31,12 +33,12 @@ def draw_grid(rows: Sequence[Row], scale: int = 1) -> np.ndarray:
     font = ImageFont.load_default(11)
     for r, row in enumerate(rows):
         top = r * (side + 2 * _LABEL + _GAP)
-        draw.text((2, top), row.title, "black", font)
+        draw.text((2, top), drawable(row.title), "black", font)
         for c, (before, after, caption) in enumerate(row.pairs):
             left = c * cell
             for image, x in ((before, left), (after, left + side + _GAP)):
                 sheet.paste(_scaled(image, scale), (x, top + _LABEL))
-            draw.text((left + 2, top + _LABEL + side), caption, "black", font)
+            draw.text((left + 2, top + _LABEL + side), drawable(caption), "black", font)
     return np.asarray(sheet)
 
 
@@ -58,11 +60,11 @@ def draw_sheet(
     sheet = Image.new("RGB", (columns * cell, _LABEL + rows * line), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)
-    draw.text((2, 0), title, "black", font)
+    draw.text((2, 0), drawable(title), "black", font)
     for i, (picture, caption) in enumerate(zip(pictures, captions)):
         left, top = i % columns * cell, _LABEL + i // columns * line
         sheet.paste(_scaled(picture, scale), (left, top))
-        lines = _broken(caption, lambda text: draw.textlength(text, font) <= side - 2)
+        lines = _broken(drawable(caption), lambda text: draw.textlength(text, font) <= side - 2)
         for number, text in enumerate(lines[:2]):
             draw.text((left + 2, top + side + number * _LABEL), text, "black", font)
     return np.asarray(sheet)

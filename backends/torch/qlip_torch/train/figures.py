@@ -87,7 +87,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     for i, (name, points) in enumerate(series.items(), 1):
         axis = figure.add_subplot(rows, columns, i)
         axis.plot(*zip(*points), linewidth=1)
-        axis.set_title(_TITLES.get(name, name.replace("_", " ")), fontsize=9)
+        axis.set_title(_TITLES.get(name) or name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
         # Empty until the first line is written.
