@@ -146,11 +146,13 @@ def drawable(text: str) -> str:
 
 def find_images(folder: str | Path) -> list[Path]:
     """Image files below a folder, sorted by path. Hidden files and folders are left out."""
-    return [Path(path) for path in walk_images(folder)]
+    return [Path(path) for path in walk_files(folder)]
 
 
-def walk_images(
-    folder: str | Path, on_error: Callable[[str, ImageError], None] | None = None
+def walk_files(
+    folder: str | Path,
+    on_error: Callable[[str, ImageError], None] | None = None,
+    suffixes: frozenset[str] = SUFFIXES,
 ) -> Iterator[str]:
     """`find_images`, one by one and as strings, so that a million of them fit in memory.
 
@@ -175,6 +177,6 @@ def walk_images(
     for name in sorted(names):
         path = os.path.join(folder, name)
         if name in folders:
-            yield from walk_images(path, on_error)
-        elif os.path.splitext(name)[1].lower() in SUFFIXES and os.path.isfile(path):
+            yield from walk_files(path, on_error, suffixes)
+        elif os.path.splitext(name)[1].lower() in suffixes and os.path.isfile(path):
             yield path

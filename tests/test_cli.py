@@ -140,6 +140,9 @@ def test_several_token_files_and_other_formats(cli: Qlip, model: qlip.Model) -> 
     cli("encode", "photos")
     run = cli("decode", "*.qlip", "--json")
     assert run.json["files"] == [f"decoded/{n}.png" for n in ("a", "1", "2", "more/3")]
+    assert cli("encode", "a.png", "-o", "photos/more/x.qlip").code == 0
+    run = cli("decode", "photos", "a.qlip", "-o", "both", "--json")
+    assert run.json["files"] == [str(Path("both") / n) for n in ("a.png", "a-2.png")]
     assert cli("decode", "a.qlip", "-o", "b.webp").code == 0
     decoded = np.asarray(Image.open("b.webp").convert("RGB"))
     np.testing.assert_array_equal(decoded, model.decode(model.encode("a.png"))[0])

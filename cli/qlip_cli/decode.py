@@ -48,7 +48,7 @@ def decode(
 ) -> None:
     """Turn tokens back into pictures.
 
-    TOKENS is a .qlip file or a glob. One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
+    TOKENS is a .qlip file, a folder (all .qlip files below it) or a glob. One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
     suffix of OUT may also be .jpg, .webp, .bmp or .tiff. A token file that cannot be read is left out and listed, and the exit status is 1.
     """
     files, failed = load_token_files(tokens)
@@ -96,7 +96,7 @@ def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, T
 
     files: TokenFiles = []
     failed: dict[Path, TokenFileError] = {}
-    for path in token_paths(arguments):
+    for path in token_paths(arguments, failed):
         try:
             files.append((path, VisualTokens.load(path)))
         except TokenFileError as error:
@@ -112,24 +112,32 @@ def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, T
     return files, failed
 
 
-def token_paths(arguments: Sequence[str]) -> list[Path]:
-    """All files that the arguments stand for. Raises TokenFileError for a folder, an empty glob or an
-    empty name."""
-    from qlip_core.errors import TokenFileError
+def token_paths(arguments: Sequence[str], failed: dict[Path, TokenFileError]) -> list[Path]:
+    """All files that the arguments stand for; folders that cannot be read go to `failed`. Raises
+    TokenFileError for a folder or a glob without token files, and for an empty name."""
+    from qlip_core.errors import ImageError, TokenFileError
+    from qlip_core.images import walk_files
+
+    def fail(folder: str, error: ImageError) -> None:
+        failed[Path(folder)] = TokenFileError(str(error))
 
     paths: list[Path] = []
     for argument in arguments:
         if not argument:
             raise TokenFileError("the name of a token file is empty")
-        path = Path(argument)
-        if os.path.isdir(path):
-            raise TokenFileError(f"{path}: is a folder; name the .qlip files in it")
-        matches = [path]
-        if not os.path.exists(path) and glob.has_magic(argument):
-            matches = [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+        matches = [argument]
+        if not os.path.exists(argument) and glob.has_magic(argument):
+            matches = sorted(glob.glob(argument, recursive=True))
             if not matches:
                 raise TokenFileError(f"{argument}: no file matches this pattern")
-        paths += matches
+        before = len(paths) + len(failed)
+        for match in matches:
+            if not os.path.isdir(match):
+                paths.append(Path(match))
+            elif "**" not in argument:  # which matches the files in it, too
+                paths += map(Path, walk_files(Path(match), fail, frozenset({".qlip"})))
+        if len(paths) + len(failed) == before:
+            raise TokenFileError(f"{argument}: no .qlip files in this folder")
     return paths
 
 

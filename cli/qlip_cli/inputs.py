@@ -69,7 +69,7 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
 
 
 def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
-    from qlip_core.images import walk_images
+    from qlip_core.images import walk_files
 
     # Beside other arguments two folders may hold the same names, so the folder's own goes first.
     prefix = "" if alone else f"{folder.resolve().name}/"
@@ -80,7 +80,7 @@ def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
         name = prefix + path[start:].replace(os.sep, "/")
         images.append(ImageFile(path, name or str(folder), error))
 
-    for path in walk_images(folder, add):
+    for path in walk_files(folder, add):
         add(path)
     return images
 
