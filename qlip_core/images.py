@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -25,6 +26,7 @@ SUFFIXES = frozenset(
 # Pillow warns of large images long before it refuses them, and of odd metadata, which does no harm.
 # A filter is the whole process's and images are decoded in many threads: so once, for its modules alone.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+_MAX_PIPE = 2**28  # bytes; more than any picture that is no bomb
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
@@ -55,7 +57,8 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
     name = name or str(path)
     try:
         with path.open("rb") as file:
-            return _decode(file, name)
+            # A decoder goes back and forth, which a pipe cannot.
+            return _decode(file if file.seekable() else _whole(file, name), name)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except IsADirectoryError:
@@ -64,6 +67,15 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
         raise ImageError(f"{name}: no permission to read it") from None
     except OSError as error:  # a name that is too long, a circle of links, a disk that fails
         raise ImageError(f"{name}: cannot be read ({error.strerror})") from None
+
+
+def _whole(pipe: BinaryIO, name: str) -> io.BytesIO:
+    data = pipe.read(_MAX_PIPE + 1)
+    if len(data) > _MAX_PIPE:
+        raise ImageError(
+            f"{name}: over {_MAX_PIPE:,} bytes come out of this pipe; write them to a file"
+        )
+    return io.BytesIO(data)
 
 
 def _decode(file: io.IOBase, name: str) -> Image.Image:

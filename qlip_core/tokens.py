@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -181,13 +183,15 @@ class VisualTokens:
 
     @classmethod
     def load(cls, path: str | Path) -> VisualTokens:
-        """Read a `.qlip` file.
+        """Read a `.qlip` file, or a pipe that one comes out of.
 
         Raises TokenFileError if it is damaged, not a token file, or of another version.
         """
         if path == "":  # which Path takes for this folder
             raise TokenFileError("the name of a token file is empty")
         path = Path(path)
+        if os.path.exists(path) and path.is_fifo():
+            return cls._from_pipe(path)
         if not os.path.isfile(path):
             problem = "not a regular file, which a token file must be: copy it to one first"
             raise TokenFileError(
@@ -210,6 +214,18 @@ class VisualTokens:
                 "upgrade qlip"
             )
         return cls._parse(path, file)
+
+    @classmethod
+    def _from_pipe(cls, path: Path) -> VisualTokens:
+        """By way of a file, which its size and its header can be held against."""
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, "copy")
+            with path.open("rb") as pipe, copy.open("wb") as file:
+                shutil.copyfileobj(pipe, file)
+            try:
+                return cls.load(copy)
+            except TokenFileError as error:
+                raise TokenFileError(str(error).replace(str(copy), str(path))) from None
 
     @classmethod
     def _parse(cls, path: Path, file: TensorFile) -> VisualTokens:

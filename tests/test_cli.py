@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -149,6 +152,22 @@ def test_several_token_files_and_other_formats(cli: Qlip, model: qlip.Model) -> 
     assert cli("decode", "a.qlip", "-o", "c").out.startswith("c.png: ")
     # Into a folder that is there: beside what it holds.
     assert cli("decode", "a.qlip", "-o", "photos", "--json").json["files"] == ["photos/a.png"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="needs /dev/stdin")
+def test_standard_input(cli: Qlip, model: qlip.Model, talking: Path) -> None:
+    def piped(file: str, *arguments: str) -> subprocess.CompletedProcess[bytes]:
+        command = [sys.executable, "-m", "qlip_cli", *arguments, "-m", str(talking), "-b", "numpy"]
+        return subprocess.run(command, input=Path(file).read_bytes(), capture_output=True)
+
+    assert piped("a.png", "encode", "-", "-o", "x.qlip").returncode == 0
+    tokens = qlip.VisualTokens.load("x.qlip")
+    assert tokens == model.encode("a.png") and tokens.names == ("stdin",)
+    assert piped("x.qlip", "decode", "-", "-o", "x.png").returncode == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("x.png")), model.decode(tokens)[0])
+    for command in ("encode", "decode"):
+        run = piped("photos/notes.txt", command, "-")
+        assert run.returncode == 2 and run.stderr.startswith(b"error: /dev/stdin: ")
 
 
 def test_names_never_lead_out_of_the_folder(cli: Qlip, model: qlip.Model, tmp_path: Path) -> None:

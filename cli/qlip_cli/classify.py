@@ -44,7 +44,7 @@ def classify(
 ) -> None:
     """Say which of some labels fits an image.
 
-    IMAGE is an image file, a folder or a glob. The probabilities of an image sum to 1 over the
+    IMAGE is an image file, a folder, a glob or - (standard input). The probabilities of an image sum to 1 over the
     labels.
     """
     files = collect_images(images)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
+from qlip_cli.inputs import STDIN
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import PICTURES, PictureFolder, picture_file, safe_names, save_picture
 from qlip_cli.terminal import count_text, note, print_json, print_line, progress
@@ -48,7 +49,7 @@ def decode(
 ) -> None:
     """Turn tokens back into pictures.
 
-    TOKENS is a .qlip file, a folder (all .qlip files below it) or a glob. One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
+    TOKENS is a .qlip file, a folder (all .qlip files below it), a glob or - (standard input). One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
     suffix of OUT may also be .jpg, .webp, .bmp or .tiff. A token file that cannot be read is left out and listed, and the exit status is 1.
     """
     files, failed = load_token_files(tokens)
@@ -125,7 +126,7 @@ def token_paths(arguments: Sequence[str], failed: dict[Path, TokenFileError]) ->
     for argument in arguments:
         if not argument:
             raise TokenFileError("the name of a token file is empty")
-        matches = [argument]
+        matches = [STDIN if argument == "-" else argument]
         if not os.path.exists(argument) and glob.has_magic(argument):
             matches = sorted(glob.glob(argument, recursive=True))
             if not matches:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from qlip_cli.terminal import note
 
+# What "-" stands for.
+STDIN = "/dev/stdin"
+
 if TYPE_CHECKING:
     from qlip_core.errors import ImageError
 
@@ -34,7 +37,8 @@ def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
 
     Files are taken as they are, whatever their suffix (also those that do not exist: they are
     reported with the bad ones). A folder stands for the image files below it, called by their path
-    inside it (and for the folders below it that cannot be read, which are bad ones too), and a glob that the shell left alone for the images and folders that match. Raises
+    inside it (and for the folders below it that cannot be read, which are bad ones too), a glob that the shell left alone for the images and folders that match, and "-" for standard
+    input. Raises
     ImageError for a folder or a glob without images, and for an empty name.
     """
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
@@ -48,6 +52,8 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
     if not argument:  # as a variable of the shell that is not set
         raise ImageError("the name of an image is empty")
     path = Path(argument)
+    if argument == "-":
+        return [ImageFile(STDIN, "stdin")]
     # Of os.path: a Path raises where a name is too long or its folder locked, which is the core's to report.
     if os.path.isdir(argument):
         images = _in_folder(path, alone)
