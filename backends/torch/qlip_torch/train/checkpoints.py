@@ -131,9 +131,14 @@ class Checkpoints:
             lost = [cause for cause in _causes(error) if lost_a_peer(cause)]
             if lost and self._world.size > 1:
                 raise peer_error(lost[0]) from None
+            kept = self.latest()
+            way = (
+                f"{kept.name} is kept: free some space, then go on from it with --resume"
+                if kept is not None
+                else "there is none before it: free some space, then begin again with --resume"
+            )
             raise CheckpointError(
-                f"{final}: the checkpoint cannot be written ({_cause(error)}); the one before it is kept: "
-                "free some space, then go on with --resume"
+                f"{final}: the checkpoint cannot be written ({_cause(error)}); {way}"
             ) from None
         # The first rank's share is done last: it writes the table of all ranks' shares.
         if not self._world.is_first:

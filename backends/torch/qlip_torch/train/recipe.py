@@ -158,7 +158,12 @@ class StartRecipe:
 
 @dataclass(frozen=True)
 class RatesRecipe:
-    """Learning rates: of each tower, and of the rest (bottleneck, projections, logit scale)."""
+    """Learning rates of the parameter groups (`qlip_torch.train.optimizers.group_of`).
+
+    encoder: the visual encoder, its class token, position table and last norm. text: the text tower and its
+    projection. decoder: the visual decoder. rest: the image side's projection, the bottleneck's two MLPs and the
+    logit scale.
+    """
 
     rest: float = 5e-4
     encoder: float = 2e-4
