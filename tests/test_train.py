@@ -390,6 +390,17 @@ def test_a_run_that_never_began_may_be_begun_anew(place: Path, tmp_path: Path) -
         run(place, out, stage1__steps=1)
 
 
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_sources_are_looked_for_before_anything_else(
+    dry_run: bool, place: Path, tmp_path: Path
+) -> None:
+    lines: list[str] = []
+    recipe = recipe_of(place, data__sources=[{"location": "absent"}])
+    with pytest.raises(DataError, match="absent"):
+        train(recipe, out=tmp_path / "out", dry_run=dry_run, say=lines.append)
+    assert not lines
+
+
 def test_a_run_goes_on_with_the_stages_it_was_begun_with(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(place, out, stage="1", stage1__steps=2)
@@ -408,17 +419,28 @@ def test_a_recipe_keeps_any_text(place: Path, tmp_path: Path) -> None:
     assert Recipe.from_file(tmp_path / "r.toml").name == name
 
 
+def _full(*_: Any, **__: Any) -> None:
+    raise CheckpointException("no", {0: (OSError(28, "No space left on device"), None)})  # type: ignore[dict-item]
+
+
 def test_a_disk_that_is_full_is_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise CheckpointException("no", {0: (OSError(28, "No space left on device"), None)})  # type: ignore[dict-item]
-
-    monkeypatch.setattr("torch.distributed.checkpoint.save", full)
+    monkeypatch.setattr("torch.distributed.checkpoint.save", _full)
     with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left") as caught:
         run(place, tmp_path / "out", stage="1", stage1__steps=1)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "there is none before it: free" in str(caught.value)
     assert not list((tmp_path / "out" / "stage1" / "checkpoints").glob("step-*"))
+
+
+def test_a_disk_that_fills_later_keeps_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=2, background=False, world=ALONE)
+    checkpoints.save(1, {"a": torch.ones(2)}, STATE, {"data": {}})
+    monkeypatch.setattr("torch.distributed.checkpoint.save", _full)
+    with pytest.raises(CheckpointError, match=r"step-00000001 is kept: .* from it with --resume"):
+        checkpoints.save(2, {"a": torch.ones(2)}, STATE, {"data": {}})
 
 
 def test_skipped_samples_are_told_and_counted(

@@ -416,6 +416,15 @@ def test_a_dry_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
     assert "48 images, 384 sub-tokens" in lines[1] and "memory per device" in lines[3]
 
 
+def test_images_are_looked_for_before_anything_else(place: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    absent = [*IMAGES, 'data.images.sources=[{ location = "absent" }]']
+    recipe = recipe_of(place, *absent)
+    with pytest.raises(DataError, match="absent"):
+        train_generator(recipe, out=tmp_path / "x", dry_run=True, say=lines.append)
+    assert not lines
+
+
 def test_flops_of_llamagens_size() -> None:
     config = GeneratorRecipe.load("generator-b").model.config()
     plan = make_plan(

@@ -13,6 +13,7 @@ from torch import Tensor
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.data.emoji import caption_corpus
+from qlip_core.data.samples import Limits
 from qlip_core.data.vocabulary import train_bpe
 from qlip_core.errors import CheckpointError, RecipeError
 from qlip_core.hub import from_hub
@@ -23,7 +24,7 @@ from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.initialise import initialise
 from qlip_torch.train.recipe import Recipe, StageRecipe
-from qlip_torch.train.sources import is_emoji
+from qlip_torch.train.sources import is_emoji, open_training_source
 
 STAGE_MODEL = "model"
 
@@ -145,6 +146,13 @@ def stage1_result(path: str | Path) -> Path:
         if (inner / "config.json").is_file():
             return inner
     return path
+
+
+def check_sources(data: DataConfig, image_size: int) -> None:
+    """Raises DataError where a source of training is not there: said before anything costly is done for it."""
+    limits = Limits(image_bytes=data.image_megabytes * 2**20)
+    for source in data.sources:
+        open_training_source(source.location, image_size, data.seed, limits)
 
 
 def stage_loader(

@@ -30,6 +30,7 @@ from qlip_torch.perceptual import build_perceptual
 from qlip_torch.train.assemble import (
     STAGE_MODEL,
     Start,
+    check_sources,
     first_start,
     fixed_pixels,
     stage1_result,
@@ -252,6 +253,7 @@ class _Run:
         model = folder / STAGE_MODEL
         if (model / "config.json").is_file():
             return model
+        self._check_sources()
         start = self._planned(number, lambda: self._start(number, folder))
         stage = self._build(number, start)
         checkpoints = Checkpoints(
@@ -278,6 +280,7 @@ class _Run:
 
     def dry_stage(self, number: int) -> None:
         """The plan of a stage, and everything built: weights, engine, optimizer, the first batch."""
+        self._check_sources()
         if number == 2 and (origin := self.recipe.stage2.start):
             start = start_from(open_checkpoint(stage1_result(origin)), origin)
             self._plan(number, start.config)
@@ -303,6 +306,10 @@ class _Run:
         if self.world.is_first:
             for line in lines:
                 self._say(line)
+
+    def _check_sources(self) -> None:
+        if self.world.is_first:
+            check_sources(self.recipe.data, self.recipe.model.config().image_size)
 
     def _planned(self, number: int, make: Callable[[], Start]) -> Start:
         """A stage's beginning, its plan said before anything is fetched for it, where the recipe alone tells."""

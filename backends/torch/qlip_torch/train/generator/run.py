@@ -127,6 +127,8 @@ class _Run:
 
     def dry(self) -> GeneratorPlan | None:
         """The plan, and everything built: weights, engine, optimizer, the first batch."""
+        # What is not there is said before anything costly is done.
+        make_feed(self.recipe, self.config, self.tokenizer, self.world)
         plan = self._plan()
         stage = self._build()
         feed = self._feed(stage, None)
@@ -139,6 +141,8 @@ class _Run:
         recipe, world, out = self.recipe, self.world, self.out
         if (out / FOLDER / "config.json").is_file():
             return None
+        # What is not there is said before anything costly is done.
+        make_feed(self.recipe, self.config, self.tokenizer, self.world)
         plan = self._plan()
         stage = self._build()
         speed = self._speed(stage) if world.is_first else None
