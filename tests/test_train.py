@@ -205,6 +205,46 @@ def test_stage_1_learns(whole_run: Path) -> None:
     assert lines[-1][1]["mse"] < 0.9 * lines[0][1]["mse"]
 
 
+def test_metrics_say_what_was_seen_at_which_rates(place: Path, whole_run: Path) -> None:
+    recipe = recipe_of(place)
+    for line in read_metrics(whole_run / "stage1"):
+        assert line["images"] == line["step"] * recipe.stage1.batch
+        assert 0 <= line["data_wait"] <= 1 and 10 < line["logit_scale"] <= 100
+        rates = recipe.stage1.learning_rate.by_group
+        assert line["learning_rates"] == pytest.approx(
+            {k: line["rate"] * v for k, v in rates.items()}
+        )
+    [first, *_] = read_metrics(whole_run / "stage2")
+    assert "logit_scale" not in first and set(first["learning_rates"]) == {"rest", "decoder"}
+
+
+def test_every_field_of_metrics_is_documented(whole_run: Path) -> None:
+    table = (Path(__file__).parent.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    fields = {
+        name
+        for stage in (1, 2)
+        for line in read_metrics(whole_run / f"stage{stage}")
+        for name in line
+    }
+    assert "layer_norms" in fields
+    assert [name for name in fields if f"`{name}`" not in table] == []
+
+
+def test_waiting_for_data_is_told(place: Path, tmp_path: Path) -> None:
+    from qlip_torch.train.data import Loader
+
+    honest = Loader.__next__
+
+    def slow(self: Loader) -> Batch:
+        time.sleep(0.3)
+        return honest(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__next__", slow)
+        run(place, tmp_path, stage1__steps=3)
+    assert all(line["data_wait"] > 0.2 for line in read_metrics(tmp_path / "stage1")[1:])
+
+
 def test_stage_2_keeps_text_tower_and_encoder_bit_for_bit(whole_run: Path) -> None:
     before = open_checkpoint(whole_run / "stage1" / "model")
     after = open_checkpoint(whole_run / "stage2" / "model")

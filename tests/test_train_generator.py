@@ -181,6 +181,8 @@ def test_it_learns(place: Path, tmp_path: Path) -> None:
     run(recipe_of(place, "model.dropout=0.0", *changes), tmp_path / "run")
     losses = [loss for _, loss, _ in curve(tmp_path / "run")]
     assert losses[0] > 2.7 and losses[-1] < 0.35 * losses[0]
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["images"] == 60 * 16 and list(last["learning_rates"]) == ["generator"]
     assert (tmp_path / "run" / "curves.png").is_file()  # also without pictures
 
 

@@ -86,11 +86,13 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
     micro_batches = stage.recipe.micro_batches(world.size)
     every = parts.gradients
     for step in range(start, until):
+        began = time.perf_counter()
         batches = [next(parts.loader) for _ in range(micro_batches)]
+        waited = time.perf_counter() - began
         report = stage.step(batches, step, probe=bool(every) and step % every == 0)
         done = step + 1
         if parts.metrics is not None:
-            parts.metrics.record(done, report, parts.loader.state_dict)
+            parts.metrics.record(done, report, parts.loader.state_dict, waited)
         parts.checkpoints.poll()
         stopping = world.any(parts.stop.signal is not None)
         if stopping or done == until or done % parts.checkpoint.every == 0:

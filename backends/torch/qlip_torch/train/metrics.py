@@ -1,8 +1,6 @@
 """Seeing a run train: one live line, metrics as JSON lines, TensorBoard where it is installed.
 
-`metrics.jsonl` has one object a line: `step` (steps done), `terms` by name, `total`, `gradient_norm`,
-`rate`, `seconds` (of training so far), `bits`, `images_per_second`, `utilisation` (model FLOPs over the measured matrix rate),
-`memory` (peak bytes), and now and then `layer_norms` (SPEC section 3, loss balancing).
+`metrics.jsonl` has one object a line; docs/training.md has the table of its fields.
 """
 
 from __future__ import annotations
@@ -77,21 +75,28 @@ class Metrics:
         self._shown = -math.inf
         self._step, self._time = start, time.perf_counter()
         self._begin = (start, self._time)
-        self._rate = 0.0
+        self._rate, self._waited = 0.0, 0.0
         self._told = 0
 
     def record(
-        self, done: int, report: StepReport, position: Callable[[], dict[str, Any]] | None = None
+        self,
+        done: int,
+        report: StepReport,
+        position: Callable[[], dict[str, Any]] | None = None,
+        waited: float = 0.0,
     ) -> None:
         """After `done` steps: a line of JSON every so many steps, and the live line. `position` gives the
-        data's, which counts and names the samples that were skipped on this rank."""
+        data's, which counts and names the samples that were skipped on this rank; `waited` the seconds that
+        this step waited for its data."""
         now = time.perf_counter()
+        self._waited += waited
         last = done == self._steps
         if done % self._every == 0 or last or report.layer_norms:
-            self._seconds += now - self._time
-            self._rate = (done - self._step) * self._batch / max(now - self._time, 1e-9)
-            self._step, self._time = done, now
-            values = self._values(report)
+            elapsed = max(now - self._time, 1e-9)
+            self._seconds += elapsed
+            self._rate = (done - self._step) * self._batch / elapsed
+            values = self._values(done, report) | {"data_wait": min(self._waited / elapsed, 1.0)}
+            self._step, self._time, self._waited = done, now, 0.0
             if position is not None and (skipped := self._skipped(position().get("bad"))):
                 values["skipped"] = skipped
             self._write(done, values)
@@ -112,17 +117,21 @@ class Metrics:
         """Count so many seconds (of pictures) neither as training time nor in the images a second."""
         self._time += seconds
 
-    def _values(self, report: StepReport) -> dict[str, Any]:
+    def _values(self, done: int, report: StepReport) -> dict[str, Any]:
         values: dict[str, Any] = {
+            "images": done * self._batch,
             "terms": report.terms,
             "total": report.total,
             "gradient_norm": report.gradient_norm,
             "rate": report.rate,
+            "learning_rates": report.learning_rates,
             "seconds": self._seconds,
             "images_per_second": self._rate,
             "utilisation": self._speed.utilisation(self._rate),
             "memory": peak_memory(self._device),
         }
+        if report.logit_scale is not None:
+            values["logit_scale"] = report.logit_scale
         if report.bits is not None:
             values["bits"] = {
                 "low": report.bits.low,

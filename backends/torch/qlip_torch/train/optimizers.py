@@ -256,3 +256,8 @@ def set_rates(optimizer: Optimizer, factor: float) -> None:
     """Set every group's `lr` to `factor * base_lr`."""
     for group in optimizer.param_groups:
         group["lr"] = factor * group["base_lr"]
+
+
+def learning_rates(optimizer: Optimizer) -> dict[str, float]:
+    """Every group's `lr` by its name, those with and without decay as one."""
+    return {group["name"].partition("/")[0]: group["lr"] for group in optimizer.param_groups}

@@ -19,7 +19,7 @@ from qlip_torch.model import MLP, QLIP, Block, SwiGLU
 from qlip_torch.train.accumulate import Terms
 from qlip_torch.train.distributed import World, clip_gradients
 from qlip_torch.train.ema import Ema
-from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, set_rates
+from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import StageRecipe
@@ -70,6 +70,10 @@ class StepReport:
     rate: float
     """Factor of the schedule."""
     bits: Bits | None
+    learning_rates: dict[str, float] = field(default_factory=dict)
+    """Of this step, by group."""
+    logit_scale: float | None = None
+    """exp(logit_scale) as this step's alignment used it; None without alignment."""
     layer_norms: dict[str, float] = field(default_factory=dict)
     """Gradient norm of each weighted loss at the last shared layer; empty where not asked for."""
 
@@ -130,7 +134,7 @@ class Stage:
             if layer is not None:
                 layer.close()
         norm = clip_gradients(self.parameters, self.recipe.clip, self.world)
-        terms, gradient_norm, bits = self._look(found, norm, step)
+        terms, gradient_norm, bits, scale = self._look(found, norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion is not None:
@@ -144,20 +148,24 @@ class Stage:
             gradient_norm=gradient_norm,
             rate=rate,
             bits=bits,
+            learning_rates=learning_rates(self.optimizer),
+            logit_scale=scale,
             layer_norms=layer.norms(self.weights, self.world) if layer is not None else {},
         )
 
     def _look(
         self, found: Backward, norm: Tensor, step: int
-    ) -> tuple[dict[str, float], float, Bits | None]:
-        """Terms, gradient norm and bits as numbers, in one wait for the device."""
+    ) -> tuple[dict[str, float], float, Bits | None, float | None]:
+        """Terms, gradient norm, bits and exp(logit_scale) as numbers, in one wait for the device."""
         names = list(found.terms)
         values = [found.terms[name].float().reshape(1) for name in names]
         if self.model.config.quantizes:
             values.append((found.u > 0).float().mean((0, 1)))
-        gradient_norm, *numbers = torch.cat(
-            (norm.reshape(1), self.world.mean(torch.cat(values)))
-        ).tolist()
+        same = [norm.reshape(1)]  # on every rank, without a mean
+        if "align" in self.weights:
+            same.append(self.model.logit_scale.detach().float().exp().reshape(1))
+        numbers = torch.cat((*same, self.world.mean(torch.cat(values)))).tolist()
+        (gradient_norm, *scales), numbers = numbers[: len(same)], numbers[len(same) :]
         terms = dict(zip(names, numbers))
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
         # NaN hides in gradients also where every term is finite.
@@ -166,7 +174,8 @@ class Stage:
         if wrong:
             raise NonFiniteError(wrong, step + 1)
         usage = numbers[len(names) :]
-        return terms, gradient_norm, Bits(tuple(usage)) if usage else None
+        bits = Bits(tuple(usage)) if usage else None
+        return terms, gradient_norm, bits, scales[0] if scales else None
 
     # -- what is remembered ----------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, 
 from qlip_torch.train.ema import Ema
 from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
-from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, set_rates
+from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe import GENERATOR
 from qlip_torch.train.stage import StepReport, fill_state, module_tensors, optimizer_tensors
@@ -100,7 +100,8 @@ class GeneratorStage:
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
             self.ema.update(self.model)
-        return StepReport({LOSS: value}, value, gradient_norm, rate, None)
+        rates = learning_rates(self.optimizer)
+        return StepReport({LOSS: value}, value, gradient_norm, rate, None, rates)
 
     def inputs(self, rows: Rows) -> Inputs:
         """(features [B, T, F], valid [B, T], null [B], tokens [B, M]): captions encoded, some dropped."""
@@ -149,7 +150,7 @@ def _groups(model: Generator, recipe: GeneratorStepsRecipe) -> list[dict[str, An
     """Decay on matrices, none on the norms' scales."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     scales = [p for p in model.parameters() if p.ndim < 2]
-    rate = {"lr": recipe.learning_rate, "base_lr": recipe.learning_rate}
+    rate = {"name": GENERATOR, "lr": recipe.learning_rate, "base_lr": recipe.learning_rate}
     return [
         {"params": matrices, "weight_decay": recipe.weight_decay, **rate},
         {"params": scales, "weight_decay": 0.0, **rate},
