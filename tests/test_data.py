@@ -1010,12 +1010,28 @@ def test_a_set_without_one_usable_sample_stops(tmp_path):
         next(loader)
 
 
+def test_a_run_goes_on_where_an_empty_file_takes_a_shards_place(tmp_path, sets):
+    """As the message says: the position stays good, and the missing shard is counted."""
+    location = make_shards(tmp_path / "t", 3, 10)
+    data = DataConfig((Source(location),), workers=0, streams=1, shuffle_buffer=2)
+    loader = loader_for(data)
+    next(loader)
+    gone = tmp_path / "t" / "001.tar"
+    gone.unlink()
+    gone.touch()
+    resumed = loader_for(data, state=loader.state_dict())
+    for _ in range(20):
+        next(resumed)
+    assert resumed.bad.counts["broken archive"] > 0 and "is empty" in "".join(resumed.bad.named)
+
+
 def test_a_workers_error_arrives_with_its_name(tmp_path, sets):
     location = make_shards(tmp_path / "t", 2, 10)
     loader = loader_for(DataConfig((Source(location),), workers=2, streams=2, shuffle_buffer=2))
     for shard in (tmp_path / "t").iterdir():
         shard.unlink()
-    with pytest.raises(DataError, match=r"^data worker \d: .*\.tar: cannot be read"):
+    message = r"^data worker \d: .*\.tar: cannot be read .*put an empty file in its place to go on"
+    with pytest.raises(DataError, match=message):
         for _ in range(20):
             next(loader)
     with pytest.raises(DataError, match="closed"):

@@ -108,13 +108,13 @@ def _choices(inside: str, text: str) -> list[str]:
     return [f"{n:0{width}d}" for n in range(int(first), int(last) + step, step)]
 
 
-def wait_to_retry(address: str, failures: int, error: OSError) -> None:
+def wait_to_retry(address: str, failures: int, error: OSError, advice: str = "") -> None:
     """After so many failures in a row to read `address`: wait, longer each time, to try it again.
 
-    Raises DataError for a local file, or when it has failed too often.
+    Raises DataError, with `advice`, for a local file, or when it has failed too often.
     """
     if not scheme(address) or failures > RETRIES:
-        raise DataError(f"{address}: cannot be read ({error})") from None
+        raise DataError(f"{address}: cannot be read ({error}){advice}") from None
     time.sleep(_FIRST_PAUSE * 2 ** (failures - 1))
 
 

@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+# Whoever reads on past a shard by chance has not read the same set; an empty one is counted as broken.
+_WITHOUT_A_SHARD = "; restore it, or put an empty file in its place to go on without it"
+
+
 @dataclass(frozen=True)
 class TarSource:
     """WebDataset tars, as img2dataset writes them: {key}.jpg|png|webp, {key}.txt and {key}.json."""
@@ -66,7 +70,7 @@ class TarSource:
                 return
             except OSError as error:
                 failures += 1
-                wait_to_retry(address, failures, error)
+                wait_to_retry(address, failures, error, _WITHOUT_A_SHARD)
 
 
 @dataclass(frozen=True)
