@@ -278,6 +278,7 @@ def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
         # Two pictures of 16 px, eight times enlarged, above their reconstructions, 2 px apart.
         assert picture.size == (2 * 128 + 2, 2 * 128 + 2)
     assert "pictures/step-00000008.png" in report
+    assert "reconstructions below (those of a set of one's own are from the training data" in report
 
 
 def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:
@@ -883,6 +884,22 @@ def test_a_dry_run_builds_everything_and_touches_nothing(place: Path, tmp_path: 
     assert one.state_bytes == 16 * one.trained
     text = "\n".join(lines)
     assert "8 steps of 24 images = 192 images" in text and "memory per device about" in text
+
+
+def test_a_dry_run_plans_for_the_devices_that_the_recipe_is_meant_for(
+    place: Path, tmp_path: Path
+) -> None:
+    sizes = {"stage1__batch": 24, "stage1__micro_batch": 3, "stage2__batch": 18}
+    recipe = recipe_of(place, devices=4, **sizes, stage2__micro_batch=18)
+    lines: list[str] = []
+    one, two = train(recipe, out=tmp_path / "out", dry_run=True, say=lines.append).plans
+    assert (one.devices, one.micro_batches, one.micro_batch) == (4, 2, 3)
+    # A batch that does not divide over them: as for a run here.
+    assert (two.devices, two.micro_batches, two.micro_batch) == (1, 1, 18)
+    [told] = [line for line in lines if "this is the plan for the 4 devices" in line]
+    assert "built for the 1 here" in told and any(
+        "meant for 4 device(s), this is 1" in line for line in lines
+    )
 
 
 def test_checkpointing_and_bfloat16_need_less_memory(place: Path) -> None:

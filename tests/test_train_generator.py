@@ -406,11 +406,12 @@ def test_a_folder_holds_one_run_at_a_time(
 
 def test_a_dry_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    recipe = recipe_of(place, "training.warmup=6")
+    recipe = recipe_of(place, "training.warmup=6", "devices=2")
     result = train_generator(recipe, out=tmp_path / "x", dry_run=True, say=lines.append)
     assert result.generator is None and not (tmp_path / "x").exists()
     plan = result.plan
-    assert plan is not None
+    assert plan is not None and plan.devices == 2
+    assert any("this is the plan for the 2 devices" in line for line in lines)
     config = plan.config
     assert plan.parameters == sum(w.size for w in init_weights(config).values())
     assert plan.images == 48 and plan.state_bytes == 16 * plan.parameters

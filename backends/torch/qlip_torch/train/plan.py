@@ -92,6 +92,17 @@ class Cost:
         return out
 
 
+def planned_for(meant_for: int, batch: int, here: int) -> tuple[int, list[str]]:
+    """The devices that a dry run on `here` processes plans for, and what to say of it: those that the recipe is
+    meant for where there are fewer processes, unless its batch does not divide over them."""
+    if here >= meant_for or batch % meant_for:
+        return here, []
+    return meant_for, [
+        f"  this is the plan for the {meant_for} devices that the recipe is meant for, each like this one; "
+        f"everything is built for the {here} here"
+    ]
+
+
 @dataclass(frozen=True)
 class Plan(Cost):
     """The cost of a stage."""

@@ -11,6 +11,7 @@ from qlip_core.files import write_text
 from qlip_torch.train.checkpoints import latest_checkpoint, read_state
 from qlip_torch.train.metrics import duration, read_metrics
 from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.sources import is_emoji
 from qlip_torch.train.throughput import size_text
 
 REPORT = "report.md"
@@ -37,7 +38,7 @@ def write_report(
         if latest_checkpoint(folder / "checkpoints") is not None:
             lines += [
                 "",
-                *_stage(number, folder, validations.get(number, []), recipe.stage2.perceptual),
+                *_stage(number, folder, validations.get(number, []), recipe),
             ]
     path = out / REPORT
     write_text(path, "\n".join(lines) + "\n")
@@ -59,7 +60,7 @@ def _named(term: str, perceptual: str) -> str:
     )
 
 
-def _stage(number: int, folder: Path, validation: list[str], perceptual: str) -> list[str]:
+def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> list[str]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
     step = read_state(checkpoint)["step"]
@@ -77,7 +78,7 @@ def _stage(number: int, folder: Path, validation: list[str], perceptual: str) ->
             "| loss | first | last |",
             "|---|---|---|",
             *(
-                f"| {_named(name, perceptual)} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
+                f"| {_named(name, recipe.stage2.perceptual)} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
                 for name, value in last["terms"].items()
             ),
         ]
@@ -98,9 +99,15 @@ def _stage(number: int, folder: Path, validation: list[str], perceptual: str) ->
         lines += ["", f"![curves](stage{number}/curves.png)"]
     pictures = sorted((folder / "pictures").glob("*.png"))
     if pictures:
+        drawn = all(is_emoji(source.location) for source in recipe.data.sources)
+        which = (
+            "training does not see them"
+            if drawn
+            else "those of a set of one's own are from the training data, of which nothing is held out"
+        )
         lines += [
             "",
-            "Fixed pictures above, their reconstructions below:",
+            f"Fixed pictures above, their reconstructions below ({which}):",
             "",
             f"![reconstructions](stage{number}/pictures/{pictures[-1].name})",
         ]

@@ -46,7 +46,7 @@ from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.plan import Plan, make_plan, parts_of
+from qlip_torch.train.plan import Plan, make_plan, parts_of, planned_for
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import Recipe, RecipeFile
 from qlip_torch.train.report import write_report
@@ -129,7 +129,7 @@ def _dry_run(
     """Build everything that a run would, in a temporary folder, without a step."""
     with tempfile.TemporaryDirectory(prefix="qlip-dry-run-") as folder:
         write_tokenizer(recipe, Path(folder) / TOKENIZER)
-        run = _Run(recipe, Path(folder), world, stop, say)
+        run = _Run(recipe, Path(folder), world, stop, say, dry=True)
         for number in stages:
             run.dry_stage(number)
     return run.plans
@@ -241,7 +241,9 @@ class _Run:
         world: World,
         stop: StopRequest,
         say: Callable[[str], None],
+        dry: bool = False,
     ) -> None:
+        self._dry = dry
         self.recipe, self.out, self.world, self.stop, self._say = recipe, out, world, stop, say
         self.plans: list[Plan] = []
         torch.manual_seed(recipe.seed)
@@ -323,17 +325,19 @@ class _Run:
         return start
 
     def _plan(self, number: int, config: QLIPConfig) -> None:
+        settings = self.recipe.stage1 if number == 1 else self.recipe.stage2
         # Every rank: a recipe that does not divide over them is an error on each.
+        settings.micro_batches(self.world.size)
         if not self.world.is_first:
-            (self.recipe.stage1 if number == 1 else self.recipe.stage2).micro_batches(
-                self.world.size
-            )
             return
+        devices, told = self.world.size, []
+        if self._dry:
+            devices, told = planned_for(self.recipe.devices, settings.batch, devices)
         device = self.world.device
         rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
-        plan = make_plan(self.recipe, config, number, device, self.world.size, rate)
+        plan = make_plan(self.recipe, config, number, device, devices, rate)
         self.plans.append(plan)
-        self.say(*plan.lines())
+        self.say(*plan.lines(), *told)
 
     def _train(
         self,

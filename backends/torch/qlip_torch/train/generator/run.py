@@ -41,6 +41,7 @@ from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
+from qlip_torch.train.plan import planned_for
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.run import RECIPE, begun, check_same_run
 from qlip_torch.train.throughput import matmul_rate
@@ -129,7 +130,7 @@ class _Run:
         """The plan, and everything built: weights, engine, optimizer, the first batch."""
         # What is not there is said before anything costly is done.
         make_feed(self.recipe, self.config, self.tokenizer, self.world)
-        plan = self._plan()
+        plan = self._plan(dry=True)
         stage = self._build()
         feed = self._feed(stage, None)
         with feed.opened():
@@ -195,17 +196,20 @@ class _Run:
         feed = make_feed(self.recipe, self.config, self.tokenizer, self.world, data)
         return Prepared(feed, stage.inputs, ahead=self.world.device.type == "cuda")
 
-    def _plan(self) -> GeneratorPlan | None:
+    def _plan(self, dry: bool = False) -> GeneratorPlan | None:
         # Every rank: a recipe that does not divide over them is an error on each.
         self.recipe.training.micro_batches(self.world.size)
         if not self.world.is_first:
             return None
+        devices, told = self.world.size, []
+        if dry:
+            devices, told = planned_for(self.recipe.devices, self.recipe.training.batch, devices)
         device = self.world.device
         rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
-        plan = make_plan(self.recipe, self.config, device, self.world.size, rate)
+        plan = make_plan(self.recipe, self.config, device, devices, rate)
         start = self.recipe.start or "random"
         tokenizer = f"  tokenizer: {self.tokenizer.checkpoint.folder}"
-        for line in (*plan.lines(), tokenizer, f"  weights: {start}"):
+        for line in (*plan.lines(), *told, tokenizer, f"  weights: {start}"):
             self._say(line)
         return plan
 
