@@ -97,8 +97,8 @@ def slices(array: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError for what is no number of images."""
-    if not isinstance(batch_size, int | np.integer) or isinstance(batch_size, bool):
-        raise ValueError(f"batch_size (={batch_size!r}) must be an integer")
+    """Raises ValueError for what is no positive whole number."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise ValueError(f"batch_size (={batch_size!r}) must be a whole number")
     if batch_size < 1:
         raise ValueError(f"batch_size (={batch_size}) must be at least 1")

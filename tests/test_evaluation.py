@@ -613,6 +613,18 @@ def test_eval_recon_command(
     files = [str(tmp_path / "old.json"), str(out / "reconstruction.json")]
     assert main(["eval", "compare", *files]) == 2
     assert "count: 3 / 2" in capsys.readouterr().err
+    for text, expected in (
+        ("", "is no JSON file"),
+        ("[" * 100_000, "is no JSON file"),
+        ("[]", "not a result of `qlip eval`"),
+        ('{"protocol": {"x": 1}}', "not a result of `qlip eval`"),
+        (None, "cannot be read (no such file or directory)"),
+    ):
+        bad = tmp_path / f"{'absent' if text is None else 'bad'}.json"
+        if text is not None:
+            bad.write_text(text)
+        assert main(["eval", "compare", str(bad), str(tmp_path / "old.json")]) == 2
+        assert f"error: {bad}: {expected}" in capsys.readouterr().err
 
 
 def test_eval_commands_on_a_folder_of_classes(

@@ -40,7 +40,7 @@ from qlip_core.evaluation import (
 from qlip_core.evaluation.clip_score import QlipTowers, clip_scores, is_plain_clip
 from qlip_core.evaluation.fid import Gaussian, frechet_distance
 from qlip_core.evaluation.generation import TOP1, TOP5
-from qlip_core.evaluation.grid import _broken, draw_sheet
+from qlip_core.evaluation.grid import _broken, _cut, draw_sheet
 from qlip_core.evaluation.prompts import captions_of
 from qlip_core.evaluation.protocol import text_hash, weights_fingerprint
 from qlip_core.generator.architecture import init_weights
@@ -406,7 +406,13 @@ def test_captions_break_between_words() -> None:
         return len(text) <= 6
 
     assert _broken("a cat on  a\nredder mat", fits) == ["a cat", "on a", "redder", "mat"]
-    assert _broken("unbreakable x", fits) == ["unbrea", "x"]
+    assert _broken("unbreakable x", fits) == ["unbre…", "x"]
+    assert [_cut(text, fits) for text in ("a b", "on a red", "on  a x")] == [
+        "a b",
+        "on a…",
+        "on  a…",
+    ]
+    assert _cut("anything", lambda text: False) == ""
     assert _broken("", fits) == [""]
 
 
@@ -420,6 +426,12 @@ def test_a_sheet_holds_pictures_in_order() -> None:
     assert (sheet[16:, 32:36] == 255).all()  # a long caption stays under its picture
     plain = draw_sheet("title", pictures, ["a b", "x" * 500, "", "u", "?"], 2, scale=4)
     np.testing.assert_array_equal(sheet, plain)  # no boxes for what the font does not have
+    few = draw_sheet("x" * 500, pictures[:1], ["a b c d e f g"], 2, scale=4)
+    assert few.shape == (16 + 68, 36, 3) and (few[:, 34:] == 255)[:16].all()
+    # A third line is told of by an ellipsis at the end of the second.
+    cut = draw_sheet("x", pictures[:1], ["aaaa bbbb"], 2, scale=4)
+    more = draw_sheet("x", pictures[:1], ["aaaa bbbb cccc"], 2, scale=4)
+    assert (cut[:-20] == more[:-20]).all() and (cut != more).any()
 
 
 # -- a CLIP that is no QLIP --------------------------------------------------------------------

@@ -345,6 +345,8 @@ def test_where_a_process_stands() -> None:
     for rank, size, env in ((2, 2, {}), (0, None, {}), (None, 4, {}), (None, None, {"RANK": "x"})):
         with pytest.raises(QlipError, match=r"rank|RANK"):
             place(rank, size, env)
+    with pytest.raises(QlipError, match="a world size of 0: at least 1 process"):
+        place(0, 0, {})
 
 
 # -- what is refused -------------------------------------------------------------------------------

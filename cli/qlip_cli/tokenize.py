@@ -132,6 +132,8 @@ def place(
         if not all(text.isdigit() for text in given):
             raise QlipError(f"RANK={given[0]!r} and WORLD_SIZE={given[1]!r}: expected two numbers")
         rank, world_size = int(given[0]), int(given[1])
+    if world_size < 1:
+        raise QlipError(f"a world size of {world_size}: at least 1 process does the work")
     if not 0 <= rank < world_size:
         raise QlipError(f"rank {rank} of {world_size}: ranks run from 0 to {world_size - 1}")
     return rank, world_size

@@ -85,6 +85,8 @@ def tokenize(
     bits.
     """
     check_batch_size(batch_size)
+    if world_size < 1:
+        raise DataError(f"world_size (={world_size}) must be at least 1")
     if not 0 <= rank < world_size:
         raise DataError(f"rank {rank} of {world_size}: ranks run from 0 to {world_size - 1}")
     settings = Settings.of(model, augmentation)

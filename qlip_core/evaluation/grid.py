@@ -53,19 +53,29 @@ def draw_sheet(
     columns: int,
     scale: int = 1,
 ) -> np.ndarray:
-    """uint8 [H, W, 3]: pictures uint8 [S, S, 3] row by row, under each its caption, two lines of it."""
+    """uint8 [H, W, 3]: at most `columns` pictures uint8 [S, S, 3] a row, under each its caption in at most two
+    lines. What has no room ends in an ellipsis."""
+    columns = min(columns, len(pictures))
     side = pictures[0].shape[0] * scale
     cell, line = side + _GAP, side + 2 * _LABEL + _GAP
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell, _LABEL + rows * line), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(11)
-    draw.text((2, 0), drawable(title), "black", font)
+
+    def fits(text: str, width: int = side - 2) -> bool:
+        return draw.textlength(text, font) <= width
+
+    draw.text(
+        (2, 0), _cut(drawable(title), lambda text: fits(text, columns * cell - 4)), "black", font
+    )
     for i, (picture, caption) in enumerate(zip(pictures, captions)):
         left, top = i % columns * cell, _LABEL + i // columns * line
         sheet.paste(_scaled(picture, scale), (left, top))
-        lines = _broken(drawable(caption), lambda text: draw.textlength(text, font) <= side - 2)
-        for number, text in enumerate(lines[:2]):
+        lines = _broken(drawable(caption), fits)
+        if len(lines) > 2:
+            lines[1:] = [_cut(" ".join(lines[1:]), fits)]
+        for number, text in enumerate(lines):
             draw.text((left + 2, top + side + number * _LABEL), text, "black", font)
     return np.asarray(sheet)
 
@@ -80,5 +90,12 @@ def _broken(text: str, fits: Callable[[str], bool]) -> list[str]:
             continue
         if lines[-1]:
             lines.append("")
-        lines[-1] = word[: next(n for n in range(len(word), -1, -1) if fits(word[:n]))]
+        lines[-1] = _cut(word, fits)
     return lines
+
+
+def _cut(text: str, fits: Callable[[str], bool]) -> str:
+    """Text, or as much of it as fits with an ellipsis."""
+    if fits(text):
+        return text
+    return next((cut for n in range(len(text), 0, -1) if fits(cut := f"{text[:n].rstrip()}…")), "")

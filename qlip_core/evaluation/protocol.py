@@ -194,17 +194,21 @@ class Result:
         try:
             protocol = Protocol(**values["protocol"])
             return cls(protocol, values["scores"], values["details"], values["failed"])
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise DataError(f"not a result of an evaluation ({error})") from None
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise DataError("not a result of `qlip eval` (its option --out writes them)") from None
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
         """From a JSON file. Raises DataError where it is not one."""
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path}: cannot be read ({error})") from None
-        except ValueError as error:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
+        except (ValueError, RecursionError):
+            raise DataError(f"{path}: is no JSON file") from None
+        try:
+            return cls.from_dict(values)
+        except DataError as error:
             raise DataError(f"{path}: {error}") from None
 
 
