@@ -201,7 +201,6 @@ def broken_entries() -> list[tuple[str, bytes]]:
         ("latin.png", png(4)),
         ("latin.txt", b"caf\xe9"),
         ("badjson.png", png(5)),
-        ("badjson.txt", b"x"),
         ("badjson.json", b"{"),
         ("big.png", png(6) + bytes(20_000)),
         ("big.txt", b"big"),
@@ -267,6 +266,22 @@ def test_the_loader_skips_what_check_names(tmp_path):
     assert set(counted) == set(expected)
     assert all(expected[r] - REASONS[r] <= counted[r] <= expected[r] for r in expected)
     assert any("latin: caption is not UTF-8 (byte 3)" in name for name in loader.bad.named)
+
+
+@pytest.mark.parametrize("text", [b'{"label": ', b"[1]", b'"caption"', b'{"x": "' + bytes(2000)])
+def test_metadata_beside_a_caption_spoil_nothing(text: bytes, tmp_path: Path) -> None:
+    limits = Limits(text_bytes=1000)
+    named = [("a.json", text), ("a.png", png(1)), ("a.txt", b"one"), ("a.cls", b"7")]
+    (tmp_path / "s.tar").write_bytes(tar_of([*named, ("b.png", png(2)), ("b.json", text)]))
+    good, bad = iter_samples(open_source(str(tmp_path / "s.tar"), limits))
+    assert good == Sample("a", png(1), "one", {"label": "7"})
+    assert isinstance(bad, Bad) and bad.reason in ("too large", "metadata is not a JSON object")
+    (tmp_path / "f").mkdir()
+    for name, data in (*named, ("b.png", png(2)), ("b.json", text)):
+        (tmp_path / "f" / name).write_bytes(data)
+    good, bad = iter_samples(open_source(str(tmp_path / "f"), limits))
+    assert good == Sample("a", png(1), "one", {})
+    assert isinstance(bad, Bad) and bad.reason in ("too large", "metadata is not a JSON object")
 
 
 def test_member_over_the_limit_is_passed_over_unread(tmp_path):

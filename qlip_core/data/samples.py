@@ -74,20 +74,22 @@ def make_sample(
 ) -> Sample | Bad:
     """A sample from its parts, or what is wrong with them. The image is not decoded here.
 
-    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it. `label`
-    becomes the metadata's, if they have none.
+    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it; with one,
+    metadata that are no JSON object count as none. `label` becomes the metadata's, if they have none.
     """
     if image is None or not image:
         return Bad(key, where, NO_IMAGE)
+    wrong = ""
     if isinstance(meta, bytes):
         try:
             meta = json.loads(meta)
         except (ValueError, RecursionError) as error:
-            return Bad(key, where, NOT_JSON, str(error).split("\n", 1)[0])
-    if meta is None:
-        meta = {}
-    if not isinstance(meta, dict):
-        return Bad(key, where, NOT_JSON, f"a {type(meta).__name__}")
+            meta, wrong = None, str(error).split("\n", 1)[0]
+    if meta is not None and not isinstance(meta, dict):
+        meta, wrong = None, f"a {type(meta).__name__}"
+    if wrong and caption is None:
+        return Bad(key, where, NOT_JSON, wrong)
+    meta = meta or {}
     if label is not None and not label_of(meta):
         text = label if isinstance(label, str) else label.decode("utf-8-sig", "replace")
         meta = {**meta, "label": text.strip()}

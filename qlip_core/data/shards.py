@@ -103,6 +103,8 @@ class FolderSource:
                     continue
                 size = file.stat().st_size
                 if size > self.limits.text_bytes:
+                    if ".txt" in beside:
+                        continue  # not needed for the caption
                     return Bad(key, self.location, TOO_LARGE, f"{suffix} of {size} bytes")
                 beside[suffix] = file.read_bytes()
         except OSError as error:

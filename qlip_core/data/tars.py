@@ -231,7 +231,7 @@ def tar_samples(
     number, key = -1, None
     found: dict[str, bytes] = {}
     seen: set[str] = set()
-    oversize = ""
+    oversize: dict[str, str] = {}
     broken: Bad | None = None
 
     def wanted() -> bool:
@@ -239,8 +239,10 @@ def tar_samples(
 
     def finish() -> Sample | Bad:
         assert key is not None
+        if "txt" in found:
+            oversize.pop("json", None)  # not needed for the caption
         if oversize:
-            return Bad(key, where, TOO_LARGE, oversize)
+            return Bad(key, where, TOO_LARGE, next(iter(oversize.values())))
         return make_sample(
             key,
             where,
@@ -260,14 +262,14 @@ def tar_samples(
             if named[0] != key or named[1] in seen:
                 if key is not None and wanted():
                     yield number, finish()
-                number, key, found, seen, oversize = number + 1, named[0], {}, set(), ""
+                number, key, found, seen, oversize = number + 1, named[0], {}, set(), {}
             seen.add(named[1])
             kind = "image" if named[1] in IMAGE_SUFFIXES else named[1]
             if kind not in ("image", "txt", "json", "cls") or kind in found or not wanted():
                 continue
             limit = limits.image_bytes if kind == "image" else limits.text_bytes
             if member.size > limit:
-                oversize = f".{named[1]} of {member.size} bytes, over {limit}"
+                oversize[kind] = f".{named[1]} of {member.size} bytes, over {limit}"
                 continue
             found[kind] = member.read()
     except ArchiveError as error:
