@@ -526,3 +526,5 @@ def test_the_command_trains_and_exports(
     assert said.code == 0 and "sub-tokens" in said.err and not (tmp_path / "dry").exists()
     wrong = qlip_command("train", path, "-o", tmp_path / "no", plain=True)
     assert "run it as `qlip train generator RECIPE`" in wrong.error
+    wrong = qlip_command("train", "--resume", "--out", out, plain=True)
+    assert f"run it as `qlip train generator --resume --out {out}`" in wrong.error

@@ -407,26 +407,26 @@ class RecipeFile:
     KIND: ClassVar[str]
 
     @classmethod
-    def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+    def from_dict(cls: type[R], values: Mapping[str, Any], named: str = "RECIPE") -> R:
         """Raises RecipeError for an unknown key (naming the nearest), an impossible value, or a recipe
-        of another kind."""
+        of another kind; `named` is how the right command names it."""
         kind = values.get("kind", TOKENIZER)
         if kind != cls.KIND and kind in _COMMANDS:
             raise RecipeError(
                 f"this is the recipe of a {kind}, not of a {cls.KIND}: run it as "
-                f"`{_COMMANDS[kind]} RECIPE`"
+                f"`{_COMMANDS[kind]} {named}`"
             )
         return build(cls, values)
 
     @classmethod
-    def from_file(cls: type[R], path: str | Path) -> R:
+    def from_file(cls: type[R], path: str | Path, named: str = "RECIPE") -> R:
         path = Path(path)
         try:
             values = load_toml(path)
         except (OSError, ValueError) as error:
             raise RecipeError(f"{path}: not a readable TOML file ({error})") from None
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, named)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from None
 

@@ -149,7 +149,7 @@ def _settled(
     if recipe is None:
         if not kept.is_file():
             raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
-        recipe = Recipe.from_file(kept)
+        recipe = Recipe.from_file(kept, f"--resume --out {out}")
     if steps is not None:
         changes = [
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")

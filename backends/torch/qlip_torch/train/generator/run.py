@@ -98,7 +98,7 @@ def _settled(
     if recipe is None:
         if not kept.is_file():
             raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
-        recipe = GeneratorRecipe.from_file(kept)
+        recipe = GeneratorRecipe.from_file(kept, f"--resume --out {out}")
     if steps is not None:
         recipe = recipe.changed([f"training.steps={steps}"])
     if kept.is_file() and not dry_run and (resume or begun(out)):
