@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,13 @@ def test_several_go_to_a_folder(cli: Qlip, model: qlip.Model) -> None:
     record = cli("info", "generated/a-dog-0-2.png", "--json", plain=True).json
     assert (record["prompt"], record["number"]) == ("a dog", 1)
     assert sorted(p.name for p in Path().iterdir()) == ["generated", "prompts.txt"]
+
+
+def test_prompts_from_stdin(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO("a cät\n\na dog\r\n".encode()))
+    monkeypatch.setattr("sys.stdin", stdin)
+    run = cli("generate", "--prompts-file", "-", "--json")
+    assert [each["prompt"] for each in run.json["drawn"]] == ["a cät", "a dog"]
 
 
 def test_a_prompt_ends_with_its_line(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -103,11 +105,13 @@ def collect_labels(given: list[str], file: Path | None) -> list[str]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file that are not empty, stripped. Raises TextError if it is not one."""
+    """The lines of a text file, or with "-" of stdin, that are not empty, stripped. Raises TextError if it is no
+    text file."""
     from qlip_core.errors import TextError
 
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise TextError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:

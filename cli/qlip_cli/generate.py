@@ -61,7 +61,7 @@ def generate(
         bool, typer.Option("--save-tokens", help="Also write OUT.qlip, for `qlip decode`.")
     ] = False,
     prompts_file: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line.")
+        Path | None, typer.Option(metavar="FILE", help="Prompts, one a line; -: from stdin.")
     ] = None,
     generator: options.GeneratorFolder = None,
     model: ModelName = None,
