@@ -281,6 +281,31 @@ def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
     assert "reconstructions below (those of a set of one's own are from the training data" in report
 
 
+def test_a_held_out_set_is_watched_and_measured(place: Path, tmp_path: Path) -> None:
+    from PIL import Image
+
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for i in range(5):
+        Image.new("RGB", (20, 20), (40 * i, 99, 0)).save(held_out / f"{i}.png")
+        (held_out / f"{i}.txt").write_text(f"colour {i}")
+    log = {"log__held_out": str(held_out), "log__held_out_count": 4, "log__pictures": 2}
+    run(place, tmp_path / "out", stage1__steps=4, **log)
+    lines = read_metrics(tmp_path / "out" / "stage1")
+    watched = {line["step"]: line["pictures_psnr"] for line in lines if "pictures_psnr" in line}
+    assert list(watched) == [2, 4] and all(0 < value < 60 for value in watched.values())
+    with Image.open(tmp_path / "out/stage1/pictures/step-00000004.png") as picture:
+        row = np.asarray(picture.convert("RGB"))[0, [0, 130]]
+    # Whatever the order, the first row shows pictures of this set: 99 in green, none in blue.
+    assert abs(row[:, 1].astype(int) - 99).max() <= 1 and row[:, 2].max() <= 1
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert f"reconstruction of 4 held-out pictures of {held_out}: PSNR" in report
+    assert f"retrieval among the captions of 4 pictures of {held_out}: R@1" in report
+    assert f"reconstructions below (of {held_out})" in report
+    with pytest.raises(DataError, match="no such file or folder"):
+        run(place, tmp_path / "none", stage1__steps=1, log__held_out="/nowhere/at/all")
+
+
 def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:
     run(place, tmp_path, stage1__steps=2, log__pictures=0)
     assert (tmp_path / "stage1" / "curves.png").is_file()

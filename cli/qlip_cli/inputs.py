@@ -22,24 +22,23 @@ if TYPE_CHECKING:
 class ImageFile:
     """An image to read, and what it is called in results and token files.
 
-    Strings in slots, since there may be millions: a Path takes five times the memory.
+    Strings in slots, since there may be millions: a Path takes five times the memory. `error` is what is
+    known to be wrong with it already, as with a folder that is locked.
     """
 
     path: str
     name: str
-    error: ImageError | None = (
-        None  # what is known to be wrong with it, as with a folder that is locked
-    )
+    error: ImageError | None = None
 
 
 def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
     """All images that the arguments stand for, in order.
 
     Files are taken as they are, whatever their suffix (also those that do not exist: they are
-    reported with the bad ones). A folder stands for the image files below it, called by their path
-    inside it (and for the folders below it that cannot be read, which are bad ones too), a glob that the shell left alone for the images and folders that match, and "-" for standard
-    input. Raises
-    ImageError for a folder or a glob without images, and for an empty name.
+    reported with the bad ones). A folder stands for the image files below it, called by their path inside
+    it, and for the folders below it that cannot be read, which are bad ones too; a glob that the shell left
+    alone for the images and folders that match; "-" for standard input. Raises ImageError for a folder or a
+    glob without images, and for an empty name.
     """
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
     return found

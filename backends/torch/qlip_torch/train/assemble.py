@@ -23,7 +23,7 @@ from qlip_core.text import Tokenizer
 from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.initialise import initialise
-from qlip_torch.train.recipe import Recipe, StageRecipe
+from qlip_torch.train.recipe import LogRecipe, Recipe, StageRecipe
 from qlip_torch.train.sources import is_emoji, open_training_source
 
 STAGE_MODEL = "model"
@@ -148,11 +148,13 @@ def stage1_result(path: str | Path) -> Path:
     return path
 
 
-def check_sources(data: DataConfig, image_size: int) -> None:
-    """Raises DataError where a source of training is not there: said before anything costly is done for it."""
+def check_sources(data: DataConfig, image_size: int, held_out: str) -> None:
+    """Raises DataError where a source of training, or the held-out set, is not there: said before anything
+    costly is done for it."""
     limits = Limits(image_bytes=data.image_megabytes * 2**20)
-    for source in data.sources:
-        open_training_source(source.location, image_size, data.seed, limits)
+    for location in (*(source.location for source in data.sources), held_out):
+        if location:
+            open_training_source(location, image_size, data.seed, limits)
 
 
 def stage_loader(
@@ -171,11 +173,14 @@ def stage_loader(
     )
 
 
-def fixed_pixels(data: DataConfig, start: Start, count: int) -> Tensor:
-    """The pictures a run is watched by, uint8 [count, 3, S, S]: held out where the source is the emoji set."""
+def fixed_pixels(data: DataConfig, start: Start, log: LogRecipe) -> Tensor:
+    """The pictures a run is watched by, uint8 [count, 3, S, S]: of the held-out set if one is named, else held
+    out where the source is the emoji set."""
+    count = log.picture_count
+    sources = tuple(held_out(source) for source in data.sources)
     quiet = dataclasses.replace(
         data,
-        sources=tuple(held_out(source) for source in data.sources),
+        sources=(Source(log.held_out),) if log.held_out else sources,
         workers=0,
         streams=1,
         shuffle_buffer=count,

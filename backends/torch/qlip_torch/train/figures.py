@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from qlip_core.files import atomic_file
+from qlip_core.metrics import psnr
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
 
 _GAP = 2
@@ -30,6 +31,7 @@ _TITLES = {
     "r1": "discriminator's gradient penalty (R1)",
     "gradient_norm": "norm of the gradient",
     "images_per_second": "images a second",
+    "pictures_psnr": "PSNR of the fixed pictures (dB)",
     "low": "rarest bit: how often it is 1",
     "dead": "share of bits that are always equal",
 }
@@ -42,9 +44,9 @@ def to_images(pixels: Tensor) -> np.ndarray:
     return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
 
 
-def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
+def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> float:
     """A PNG with the images, uint8 [B, 3, S, S], in the upper row, and below their reconstructions,
-    normalised [B, 3, S, S]."""
+    normalised [B, 3, S, S]. Returns the mean of their PSNR in dB."""
     rows = [pixels.permute(0, 2, 3, 1).numpy(), to_images(reconstruction)]
     count, side = rows[0].shape[:2]
     scale = max(1, 128 // side)
@@ -57,6 +59,7 @@ def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         Image.fromarray(sheet).save(file, "png")
+    return float(np.minimum(psnr(*rows), 100).mean())
 
 
 def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
@@ -79,6 +82,8 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     for key in ("low", "dead"):
         if points := [(v["step"], v["bits"][key]) for v in lines if "bits" in v]:
             series[key] = points
+    if points := [(v["step"], v["pictures_psnr"]) for v in lines if "pictures_psnr" in v]:
+        series["pictures_psnr"] = points
     columns = 3
     probed = [v for v in lines if "layer_norms" in v]
     rows = -(-(len(series) + bool(probed)) // columns)

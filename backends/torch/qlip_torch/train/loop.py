@@ -72,8 +72,8 @@ class Parts:
     stop: StopRequest
     metrics: Metrics | None
     """On the first rank."""
-    show: Callable[[int], None]
-    """Pictures after so many steps; every rank calls it."""
+    show: Callable[[int], float | None]
+    """Pictures after so many steps, and on the first rank their PSNR if they have one; every rank calls it."""
 
 
 def train_stage(parts: Parts, start: int, until: int) -> None:
@@ -91,8 +91,14 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         waited = time.perf_counter() - began
         report = stage.step(batches, step, probe=bool(every) and step % every == 0)
         done = step + 1
+        decibels = None
+        if parts.pictures and (done % parts.pictures == 0 or done == until):
+            began = time.perf_counter()
+            decibels = parts.show(done)
+            if parts.metrics is not None:
+                parts.metrics.leave_out(time.perf_counter() - began)
         if parts.metrics is not None:
-            parts.metrics.record(done, report, parts.loader.state_dict, waited)
+            parts.metrics.record(done, report, parts.loader.state_dict, waited, decibels)
         parts.checkpoints.poll()
         stopping = world.any(parts.stop.signal is not None)
         if stopping or done == until or done % parts.checkpoint.every == 0:
@@ -100,11 +106,6 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         if stopping:
             parts.checkpoints.wait()
             raise Interrupted(done, parts.stop.exit_code)
-        if parts.pictures and (done % parts.pictures == 0 or done == until):
-            began = time.perf_counter()
-            parts.show(done)
-            if parts.metrics is not None:
-                parts.metrics.leave_out(time.perf_counter() - began)
     parts.checkpoints.wait()
 
 

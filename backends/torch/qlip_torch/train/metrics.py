@@ -84,19 +84,22 @@ class Metrics:
         report: StepReport,
         position: Callable[[], dict[str, Any]] | None = None,
         waited: float = 0.0,
+        decibels: float | None = None,
     ) -> None:
         """After `done` steps: a line of JSON every so many steps, and the live line. `position` gives the
         data's, which counts and names the samples that were skipped on this rank; `waited` the seconds that
-        this step waited for its data."""
+        this step waited for its data; `decibels` the PSNR of the fixed pictures, if they were just shown."""
         now = time.perf_counter()
         self._waited += waited
         last = done == self._steps
-        if done % self._every == 0 or last or report.layer_norms:
+        if done % self._every == 0 or last or report.layer_norms or decibels is not None:
             elapsed = max(now - self._time, 1e-9)
             self._seconds += elapsed
             self._rate = (done - self._step) * self._batch / elapsed
             values = self._values(done, report) | {"data_wait": min(self._waited / elapsed, 1.0)}
             self._step, self._time, self._waited = done, now, 0.0
+            if decibels is not None:
+                values["pictures_psnr"] = decibels
             if position is not None and (skipped := self._skipped(position().get("bad"))):
                 values["skipped"] = skipped
             self._write(done, values)

@@ -381,10 +381,15 @@ class LogRecipe:
     gradients: int = 100
     pictures: int = 500
     picture_count: int = 8
+    held_out: str = ""
+    """A set that training does not see: a folder, tars or parquet, as `data.sources` has them. Its first pictures
+    are those that the run is watched by, and the first `held_out_count` are what it is measured on at the
+    end. By default: the emoji set's own held-out pictures, or else training's first, and no measurement."""
+    held_out_count: int = 1000
 
     def __post_init__(self) -> None:
         at_least(self, 0, "gradients", "pictures")
-        at_least(self, 1, "metrics", "picture_count")
+        at_least(self, 1, "metrics", "picture_count", "held_out_count")
 
 
 @dataclass(frozen=True)

@@ -99,12 +99,12 @@ def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> 
         lines += ["", f"![curves](stage{number}/curves.png)"]
     pictures = sorted((folder / "pictures").glob("*.png"))
     if pictures:
-        drawn = all(is_emoji(source.location) for source in recipe.data.sources)
-        which = (
-            "training does not see them"
-            if drawn
-            else "those of a set of one's own are from the training data, of which nothing is held out"
-        )
+        if recipe.log.held_out:
+            which = f"of {recipe.log.held_out}"
+        elif all(is_emoji(source.location) for source in recipe.data.sources):
+            which = "training does not see them"
+        else:
+            which = "those of a set of one's own are from the training data; log.held_out names others"
         lines += [
             "",
             f"Fixed pictures above, their reconstructions below ({which}):",

@@ -56,7 +56,7 @@ from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
 from qlip_torch.train.throughput import forward_flops, matmul_rate
-from qlip_torch.train.validation import validate_emoji
+from qlip_torch.train.validation import validate_emoji, validate_on
 
 RECIPE, STAGES, TOKENIZER = "recipe.toml", "stages.txt", "tokenizer"
 # What may change between a run and its continuation: nothing that the losses depend on, but for the
@@ -297,11 +297,16 @@ class _Run:
         """Look at the models and write report.md; on the first rank."""
         if not self.world.is_first:
             return None
-        found = {}
-        if any(is_emoji(source.location) for source in self.recipe.data.sources):
-            for number, model in models.items():
-                found[number] = validate_emoji(model, self.world.device)
-                self.say(f"stage {number}:", *(f"  {line}" for line in found[number]))
+        found: dict[int, list[str]] = {}
+        log, device = self.recipe.log, self.world.device
+        emoji = any(is_emoji(source.location) for source in self.recipe.data.sources)
+        for number, model in models.items():
+            lines = validate_emoji(model, device) if emoji else []
+            if log.held_out:
+                lines += validate_on(model, device, log.held_out, log.held_out_count)
+            if lines:
+                found[number] = lines
+                self.say(f"stage {number}:", *(f"  {line}" for line in lines))
         return write_report(self.out, self.recipe, self.world.device, self.world.size, found)
 
     def say(self, *lines: str) -> None:
@@ -311,7 +316,8 @@ class _Run:
 
     def _check_sources(self) -> None:
         if self.world.is_first:
-            check_sources(self.recipe.data, self.recipe.model.config().image_size)
+            size = self.recipe.model.config().image_size
+            check_sources(self.recipe.data, size, self.recipe.log.held_out)
 
     def _planned(self, number: int, make: Callable[[], Start]) -> Start:
         """A stage's beginning, its plan said before anything is fetched for it, where the recipe alone tells."""
@@ -418,14 +424,16 @@ class _Run:
             device=self.world.device,
         )
 
-    def _pictures(self, stage: Stage, start: Start, folder: Path) -> Callable[[int], None]:
-        pixels = fixed_pixels(self.recipe.data, start, self.recipe.log.picture_count)
+    def _pictures(self, stage: Stage, start: Start, folder: Path) -> Callable[[int], float | None]:
+        pixels = fixed_pixels(self.recipe.data, start, self.recipe.log)
 
-        def show(done: int) -> None:
+        def show(done: int) -> float | None:
             reconstruction = stage.reconstruct(pixels)
-            if self.world.is_first:
-                path = folder / "pictures" / f"step-{done:08d}.png"
-                save_comparison(path, pixels, reconstruction)
-                save_curves(folder / "curves.png", read_metrics(folder))
+            if not self.world.is_first:
+                return None
+            path = folder / "pictures" / f"step-{done:08d}.png"
+            decibels = save_comparison(path, pixels, reconstruction)
+            save_curves(folder / "curves.png", read_metrics(folder))
+            return decibels
 
         return show

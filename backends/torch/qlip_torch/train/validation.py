@@ -1,4 +1,4 @@
-"""A first look at a model that was trained on the emoji set: `qlip eval`'s measures, on fewer pictures."""
+"""A first look at a trained model: `qlip eval`'s measures, on fewer pictures."""
 
 from __future__ import annotations
 
@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 from qlip_core.data.emoji import CLASS_NAMES_100
+from qlip_core.errors import DataError
 from qlip_core.evaluation.emoji import (
     UNSEEN_CLASS_NAMES,
     reconstruction_examples,
     seen_class_examples,
     unseen_class_examples,
 )
+from qlip_core.evaluation.examples import Examples, StoredExamples
 from qlip_core.evaluation.reconstruction import evaluate_reconstruction
+from qlip_core.evaluation.retrieval import evaluate_retrieval
 from qlip_core.evaluation.zero_shot import evaluate_zero_shot
-from qlip_core.model import load
+from qlip_core.model import Model, load
 
 
 def validate_emoji(
@@ -26,18 +29,9 @@ def validate_emoji(
     Two things are kept apart: names that training saw, in renderings it did not see, and names it never
     saw, which alone deserve the word zero-shot.
     """
-    model = load(folder, backend="torch", device="cpu" if device.type == "cpu" else str(device))
+    model = _load(folder, device)
     size = model.config.image_size
-    seen = reconstruction_examples(size, scenes)
-    scores = evaluate_reconstruction(model, seen, batch_size=64, shown=0).scores
-    line = (
-        f"reconstruction of {scenes} held-out scenes: PSNR {scores['PSNR']:.2f} dB, "
-        f"SSIM {scores['SSIM']:.3f}"
-    )
-    if model.config.quantizes:
-        low, high = (scores[f"{end} share of ones in a bit"] for end in ("least", "greatest"))
-        line += f", bit usage {low:.2f} to {high:.2f}"
-    lines = [line]
+    lines = [_reconstruction(model, reconstruction_examples(size, scenes), "scenes")]
     for what, examples, names in (
         ("seen names in unseen renderings", seen_class_examples, CLASS_NAMES_100),
         ("unseen names (zero-shot)", unseen_class_examples, UNSEEN_CLASS_NAMES),
@@ -49,3 +43,38 @@ def validate_emoji(
             f"of {len(names)} names over {renderings} plain renderings (chance {scores['chance']:.1%})"
         )
     return lines
+
+
+def validate_on(folder: str | Path, device: torch.device, location: str, count: int) -> list[str]:
+    """What an exported model does on the first `count` pictures of a set, in lines to print: PSNR and SSIM,
+    and how many captions are found among all. Raises DataError where the set cannot be read."""
+    model = _load(folder, device)
+    examples = StoredExamples(location, limit=count)
+    lines = [_reconstruction(model, examples, f"pictures of {location}")]
+    try:
+        found = evaluate_retrieval(model, examples, batch_size=64)
+    except DataError as error:  # captions are not needed for the rest
+        return [*lines, f"retrieval was not measured: {error}"]
+    lines.append(
+        f"retrieval among the captions of {found.protocol.count} pictures of {location}: R@1 "
+        f"{found.scores['image to text R@1']:.1%} image to text, "
+        f"{found.scores['text to image R@1']:.1%} text to image"
+    )
+    return lines
+
+
+def _load(folder: str | Path, device: torch.device) -> Model:
+    return load(folder, backend="torch", device="cpu" if device.type == "cpu" else str(device))
+
+
+def _reconstruction(model: Model, examples: Examples, what: str) -> str:
+    found = evaluate_reconstruction(model, examples, batch_size=64, shown=0)
+    scores = found.scores
+    line = (
+        f"reconstruction of {found.protocol.count} held-out {what}: PSNR {scores['PSNR']:.2f} dB, "
+        f"SSIM {scores['SSIM']:.3f}"
+    )
+    if model.config.quantizes:
+        low, high = (scores[f"{end} share of ones in a bit"] for end in ("least", "greatest"))
+        line += f", bit usage {low:.2f} to {high:.2f}"
+    return line
