@@ -419,13 +419,16 @@ def test_a_dry_run_leaves_nothing(place: Path, tmp_path: Path) -> None:
     assert "48 images, 384 sub-tokens" in lines[1] and "memory per device" in lines[3]
 
 
-def test_images_are_looked_for_before_anything_else(place: Path, tmp_path: Path) -> None:
-    lines: list[str] = []
+def test_images_are_looked_for_before_anything_but_a_dry_runs_plan(
+    place: Path, tmp_path: Path
+) -> None:
     absent = [*IMAGES, 'data.images.sources=[{ location = "absent" }]']
     recipe = recipe_of(place, *absent)
-    with pytest.raises(DataError, match="absent"):
-        train_generator(recipe, out=tmp_path / "x", dry_run=True, say=lines.append)
-    assert not lines
+    for dry_run in (False, True):
+        lines: list[str] = []
+        with pytest.raises(DataError, match="absent"):
+            train_generator(recipe, out=tmp_path / "x", dry_run=dry_run, say=lines.append)
+        assert bool(lines) == dry_run
 
 
 def test_flops_of_llamagens_size() -> None:

@@ -104,7 +104,9 @@ def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> 
         elif all(is_emoji(source.location) for source in recipe.data.sources):
             which = "training does not see them"
         else:
-            which = "those of a set of one's own are from the training data; log.held_out names others"
+            which = (
+                "those of a set of one's own are from the training data; log.held_out names others"
+            )
         lines += [
             "",
             f"Fixed pictures above, their reconstructions below ({which}):",

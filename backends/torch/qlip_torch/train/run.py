@@ -130,8 +130,7 @@ def _dry_run(
     with tempfile.TemporaryDirectory(prefix="qlip-dry-run-") as folder:
         write_tokenizer(recipe, Path(folder) / TOKENIZER)
         run = _Run(recipe, Path(folder), world, stop, say, dry=True)
-        for number in stages:
-            run.dry_stage(number)
+        run.dry(stages)
     return run.plans
 
 
@@ -280,18 +279,23 @@ class _Run:
         self.world.barrier()
         return model
 
-    def dry_stage(self, number: int) -> None:
-        """The plan of a stage, and everything built: weights, engine, optimizer, the first batch."""
+    def dry(self, stages: tuple[int, ...]) -> None:
+        """The plans, as far as the recipe alone tells before anything else, and everything built: weights,
+        engine, optimizer, the first batch."""
+        for number in stages:
+            if self._known(number):
+                self._plan(number, self.recipe.model.config())
         self._check_sources()
+        for number in stages:
+            start = self._planned(number, lambda n=number: self._dry_start(n))
+            stage = self._build(number, start)
+            with stage_loader(self.recipe, stage.recipe, start, self.world, None) as loader:
+                next(loader)
+
+    def _dry_start(self, number: int) -> Start:
         if number == 2 and (origin := self.recipe.stage2.start):
-            start = start_from(open_checkpoint(stage1_result(origin)), origin)
-            self._plan(number, start.config)
-            self.say(*(f"  weights: {line}" for line in start.origin))
-        else:
-            start = self._planned(number, lambda: first_start(self.recipe, self.out / TOKENIZER))
-        stage = self._build(number, start)
-        with stage_loader(self.recipe, stage.recipe, start, self.world, None) as loader:
-            next(loader)
+            return start_from(open_checkpoint(stage1_result(origin)), origin)
+        return first_start(self.recipe, self.out / TOKENIZER)
 
     def report(self, models: dict[int, Path]) -> Path | None:
         """Look at the models and write report.md; on the first rank."""
@@ -319,13 +323,16 @@ class _Run:
             size = self.recipe.model.config().image_size
             check_sources(self.recipe.data, size, self.recipe.log.held_out)
 
+    def _known(self, number: int) -> bool:
+        """Whether the recipe alone tells what a stage is, so that it is planned before anything is fetched."""
+        return not self.recipe.start.checkpoint and not (number == 2 and self.recipe.stage2.start)
+
     def _planned(self, number: int, make: Callable[[], Start]) -> Start:
-        """A stage's beginning, its plan said before anything is fetched for it, where the recipe alone tells."""
-        known = not self.recipe.start.checkpoint and not (number == 2 and self.recipe.stage2.start)
-        if known:
+        """A stage's beginning; its plan is said, before it where the recipe alone tells."""
+        if self._known(number) and not self._dry:
             self._plan(number, self.recipe.model.config())
         start = make()
-        if not known:
+        if not self._known(number):
             self._plan(number, start.config)
         self.say(*(f"  weights: {line}" for line in start.origin))
         return start

@@ -128,8 +128,6 @@ class _Run:
 
     def dry(self) -> GeneratorPlan | None:
         """The plan, and everything built: weights, engine, optimizer, the first batch."""
-        # What is not there is said before anything costly is done.
-        make_feed(self.recipe, self.config, self.tokenizer, self.world)
         plan = self._plan(dry=True)
         stage = self._build()
         feed = self._feed(stage, None)
