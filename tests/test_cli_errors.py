@@ -350,6 +350,19 @@ def test_bad_token_files(cli: Qlip) -> None:
             assert cli("info", name, plain=True).error == error
 
 
+def test_standard_input_that_is_no_file(cli: Qlip) -> None:
+    from socket import socketpair
+
+    command = [sys.executable, "-m", "qlip_cli", "encode", "-", "-o", "x.qlip"]
+    ours, theirs = socketpair()
+    with ours, theirs:
+        run = subprocess.run(command, stdin=theirs.fileno(), capture_output=True, text=True)
+    assert run.returncode == 2 and "send it through `cat |`" in run.stderr
+    shell = " ".join(command) + " <&-"
+    run = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert run.returncode == 2 and "-: standard input is closed" in run.stderr
+
+
 def test_one_bad_token_file_among_good_ones(cli: Qlip) -> None:
     cli("encode", "good.png")
     data = Path("good.qlip").read_bytes()

@@ -264,7 +264,7 @@ def test_names_follow_prompts() -> None:
         (["a", "--prompts-file", "absent.txt"], "absent.txt: cannot be read"),
         (["a", "--generator", "absent"], "absent: no such folder"),
         (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
-        (["a", "-o", "/dev/null"], "/dev/null: is no file that can be written whole"),
+        (["a", "-o", "/dev/null"], "/dev/null: is a device or a pipe"),
         (["a", "-o", "there.png"], "there.png: exists already"),
         (["a", "b", "-o", "two.png"], "two.png: is the name of one picture, and these are 2"),
         (["a", "-n", "4294967295"], "one command draws at most 1,000,000"),

@@ -143,6 +143,16 @@ def test_top_p_keeps_the_same_of_thousands_of_values(spread: float) -> None:
         assert abs(numpy.sum(1) - exact).max() <= 1
 
 
+@pytest.mark.parametrize("bits", [1, 14, 17, 20, 24])
+def test_top_ps_sums_stay_in_their_range(bits: int) -> None:
+    total = np.array(sampling.largest_odds(1 << bits), np.int64) << bits
+    assert total.item() >> 4 <= 1 << 53 and total.item() <= 1 << 57
+    for top_p in (1e-9, 0.1, 0.9, 1 - 2**-30):
+        assert sampling.share_of(total, top_p) == pytest.approx(
+            top_p * total.item(), rel=1e-9, abs=1e9
+        )
+
+
 def test_the_lowest_of_equals_is_chosen() -> None:
     logits = np.array([[1.0, 3.0, 3.0, 0.0]], np.float32)
     greedy = Sampling(temperature=0)

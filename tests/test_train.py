@@ -296,14 +296,35 @@ def test_a_held_out_set_is_watched_and_measured(place: Path, tmp_path: Path) -> 
     assert list(watched) == [2, 4] and all(0 < value < 60 for value in watched.values())
     with Image.open(tmp_path / "out/stage1/pictures/step-00000004.png") as picture:
         row = np.asarray(picture.convert("RGB"))[0, [0, 130]]
-    # Whatever the order, the first row shows pictures of this set: 99 in green, none in blue.
-    assert abs(row[:, 1].astype(int) - 99).max() <= 1 and row[:, 2].max() <= 1
+    assert row.tolist() == [[0, 99, 0], [40, 99, 0]]  # the set's first, in the first row
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"reconstruction of 4 held-out pictures of {held_out}: PSNR" in report
     assert f"retrieval among the captions of 4 pictures of {held_out}: R@1" in report
     assert f"reconstructions below (of {held_out})" in report
     with pytest.raises(DataError, match="no such file or folder"):
         run(place, tmp_path / "none", stage1__steps=1, log__held_out="/nowhere/at/all")
+    with pytest.raises(RecipeError, match="name a set that is stored"):
+        recipe_of(place, log__held_out="emoji?seed=3")
+
+
+def test_a_held_out_set_without_captions_or_gone_costs_no_report(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    for i in range(2):
+        Image.new("RGB", (20, 20), (40 * i, 99, 0)).save(held_out / f"{i}.png")
+    run(place, tmp_path / "a", stage1__steps=1, log__held_out=str(held_out))
+    report = (tmp_path / "a" / "report.md").read_text()
+    assert "held-out pictures" in report and "retrieval was not measured" in report
+    monkeypatch.setattr(
+        "qlip_torch.train.run.save_curves", lambda *_: shutil.rmtree(held_out, ignore_errors=True)
+    )
+    run(place, tmp_path / "b", stage1__steps=1, log__held_out=str(held_out))
+    report = (tmp_path / "b" / "report.md").read_text()
+    assert "the held-out set was not measured: " in report
 
 
 def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ def read_lines(path: Path) -> list[str]:
     from qlip_core.errors import TextError
 
     try:
+        if path == Path("-") and sys.stdin is None:
+            raise TextError("-: standard input is closed")
         data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
         lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
     except UnicodeDecodeError:

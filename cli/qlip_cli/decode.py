@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import STDIN
+from qlip_cli.inputs import standard_input
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import PICTURES, PictureFolder, picture_file, safe_names, save_picture
 from qlip_cli.terminal import count_text, note, print_json, print_line, progress
@@ -126,7 +126,7 @@ def token_paths(arguments: Sequence[str], failed: dict[Path, TokenFileError]) ->
     for argument in arguments:
         if not argument:
             raise TokenFileError("the name of a token file is empty")
-        matches = [STDIN if argument == "-" else argument]
+        matches = [standard_input() if argument == "-" else argument]
         if not os.path.exists(argument) and glob.has_magic(argument):
             matches = sorted(glob.glob(argument, recursive=True))
             if not matches:

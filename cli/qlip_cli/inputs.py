@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from qlip_cli.terminal import note
 
-# What "-" stands for.
-STDIN = "/dev/stdin"
+
+def standard_input() -> str:
+    """The path that "-" stands for. Raises QlipError where there is none."""
+    from qlip_core.errors import QlipError
+
+    path = "/dev/stdin"
+    try:
+        kind = os.fstat(0).st_mode
+    except OSError:
+        raise QlipError("-: standard input is closed") from None
+    if stat.S_ISSOCK(kind) or not os.path.exists(path):
+        raise QlipError(
+            "-: this standard input cannot be opened like a file: send it through `cat |`, or name a file"
+        )
+    return path
+
 
 if TYPE_CHECKING:
     from qlip_core.errors import ImageError
@@ -52,7 +67,7 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
         raise ImageError("the name of an image is empty")
     path = Path(argument)
     if argument == "-":
-        return [ImageFile(STDIN, "stdin")]
+        return [ImageFile(standard_input(), "stdin")]
     # Of os.path: a Path raises where a name is too long or its folder locked, which is the core's to report.
     if os.path.isdir(argument):
         images = _in_folder(path, alone)

@@ -35,8 +35,6 @@ def output_file(
         raise QlipError(f"{path}: is a folder; name a file with -o")
     check_regular(path)
     if path.exists():
-        if not path.is_file():
-            raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
         if any(same_file(path, given) for given in inputs):
             raise QlipError(f"{path}: is one of the inputs; name another output with -o")
         if not force:
@@ -50,7 +48,7 @@ def check_regular(path: Path) -> None:
     from qlip_core.errors import QlipError
 
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise QlipError(f"{path}: is no file that can be written whole; name another with -o")
+        raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
 
 
 def check_writable(folder: Path, path: Path) -> None:

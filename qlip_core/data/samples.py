@@ -31,6 +31,8 @@ class Sample:
 def label_of(meta: dict[str, Any]) -> str:
     """The metadata's label, a name or a number; "" where there is none."""
     value = meta.get("label", "")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # as a column of integers with gaps is written
     return str(value) if isinstance(value, str | int) else ""
 
 

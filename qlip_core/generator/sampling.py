@@ -164,8 +164,13 @@ def gumbel(hashed: np.ndarray) -> np.ndarray:
 # -- a step ------------------------------------------------------------------------------------
 
 
-# Of top-p's integers: the largest odds, and p's unit. Sums of up to 2^17 odds stay below 2^58.
-ODDS, SHARE_BITS = 1 << 40, 30
+SHARE_BITS = 30  # of p, in top-p's integers
+
+
+def largest_odds(values: int) -> int:
+    """What the odds of the likeliest of so many values are counted in: a power of two, and the sum of all is
+    at most 2^57."""
+    return 1 << min(40, 57 - (values - 1).bit_length())
 
 
 def share_of(total: Integers, p: float) -> Integers:
@@ -189,7 +194,8 @@ def keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
     largest = np.sort(logits, axis=-1)[:, ::-1][:, :k]
     threshold = largest[:, -1:]
     if top_p < 1:
-        odds = (np.exp(largest - largest[:, :1]) * np.float32(ODDS)).astype(np.int64)
+        odds = np.exp(largest - largest[:, :1]) * np.float32(largest_odds(k))
+        odds = odds.astype(np.int64)
         upto = np.cumsum(odds, axis=-1)
         limit = share_of(upto[:, -1:], top_p)
         count = np.maximum((upto - odds < limit).sum(-1, keepdims=True), 1)

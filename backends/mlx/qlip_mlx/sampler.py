@@ -15,7 +15,7 @@ import numpy as np
 
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Draw
-from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, ODDS, Sampling, share_of
+from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling, largest_odds, share_of
 from qlip_mlx.generator import Generator, LayerCache
 
 # -- noise -------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def keep(logits: mx.array, top_k: int, top_p: float) -> mx.array:
     threshold = largest.min(-1, keepdims=True)
     if top_p < 1:
         largest = mx.sort(largest, axis=-1)[:, ::-1]
-        odds = (mx.exp(largest - largest[:, :1]) * ODDS).astype(mx.int64)
+        odds = (mx.exp(largest - largest[:, :1]) * largest_odds(k)).astype(mx.int64)
         upto = mx.cumsum(odds, axis=-1)
         limit = share_of(upto[:, -1:], top_p)
         count = mx.maximum((upto - odds < limit).sum(-1, keepdims=True), 1)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Draw
-from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, ODDS, Sampling, share_of
+from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling, largest_odds, share_of
 from qlip_torch.generator import Generator, LayerCache, causal_mask
 
 if TYPE_CHECKING:  # it needs Triton, which comes with PyTorch for CUDA alone
@@ -70,7 +70,7 @@ def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
         threshold = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
     else:
         largest = logits.topk(k).values
-        odds = ((largest - largest[:, :1]).exp() * ODDS).long()
+        odds = ((largest - largest[:, :1]).exp() * largest_odds(k)).long()
         upto = odds.cumsum(-1)
         limit = share_of(upto[:, -1:], top_p)
         count = (upto - odds < limit).sum(-1, keepdim=True).clamp_min(1)

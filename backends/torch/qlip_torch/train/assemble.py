@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.data.emoji import caption_corpus
-from qlip_core.data.samples import Limits
+from qlip_core.data.samples import Bad, Limits
+from qlip_core.data.shards import open_source
 from qlip_core.data.vocabulary import train_bpe
-from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.errors import CheckpointError, DataError, ImageError, RecipeError
+from qlip_core.evaluation.examples import StoredExamples
 from qlip_core.hub import from_hub
-from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
+from qlip_core.images import open_image
+from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD, resize_and_crop
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
 from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
@@ -152,9 +157,10 @@ def check_sources(data: DataConfig, image_size: int, held_out: str) -> None:
     """Raises DataError where a source of training, or the held-out set, is not there: said before anything
     costly is done for it."""
     limits = Limits(image_bytes=data.image_megabytes * 2**20)
-    for location in (*(source.location for source in data.sources), held_out):
-        if location:
-            open_training_source(location, image_size, data.seed, limits)
+    for source in data.sources:
+        open_training_source(source.location, image_size, data.seed, limits)
+    if held_out:
+        open_source(held_out, dataclasses.replace(limits, caption=False))
 
 
 def stage_loader(
@@ -174,26 +180,36 @@ def stage_loader(
 
 
 def fixed_pixels(data: DataConfig, start: Start, log: LogRecipe) -> Tensor:
-    """The pictures a run is watched by, uint8 [count, 3, S, S]: of the held-out set if one is named, else held
-    out where the source is the emoji set."""
-    count = log.picture_count
-    sources = tuple(held_out(source) for source in data.sources)
+    """The pictures a run is watched by, uint8 [B, 3, S, S], at most `log.picture_count`: of the held-out set if
+    one is named, else held out where the source is the emoji set."""
+    size, count = start.config.image_size, log.picture_count
+    if log.held_out:
+        return _first_pixels(log.held_out, size, count)
     quiet = dataclasses.replace(
         data,
-        sources=(Source(log.held_out),) if log.held_out else sources,
+        sources=tuple(held_out(source) for source in data.sources),
         workers=0,
         streams=1,
         shuffle_buffer=count,
         scale=(1.0, 1.0),
         flip=0.0,
     )
-    with make_loader(
-        quiet,
-        image_size=start.config.image_size,
-        tokenizer=start.tokenizer,
-        batch_size=count,
-    ) as loader:
+    with make_loader(quiet, image_size=size, tokenizer=start.tokenizer, batch_size=count) as loader:
         return next(loader).pixels
+
+
+def _first_pixels(location: str, size: int, count: int) -> Tensor:
+    """The first pictures of a set that can be read, as they are measured. Raises DataError for none."""
+    found: list[np.ndarray] = []
+    for each in StoredExamples(location):
+        if len(found) == count:
+            break
+        if not isinstance(each, Bad):
+            with suppress(ImageError):  # told, and counted, where the set is measured
+                found.append(np.asarray(resize_and_crop(open_image(each.image, each.key), size)))
+    if not found:
+        raise DataError(f"{location}: no picture in it can be read")
+    return torch.from_numpy(np.stack(found).transpose(0, 3, 1, 2).copy())
 
 
 def held_out(source: Source) -> Source:

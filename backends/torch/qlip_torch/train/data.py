@@ -364,8 +364,8 @@ def _checked_state(old: dict[str, Any], fresh: dict[str, Any], rank: int) -> dic
     if (old["data"], old["streams"]) != (fresh["data"], fresh["streams"]):
         raise DataError(
             "the saved data position belongs to other data "
-            f"({_difference(old, fresh)}); restore the data (for an archive that is lost an empty file of "
-            "its name will do), or start it anew"
+            f"({_difference(old, fresh)}); restore the data (for a tar that is lost an empty file of its "
+            "name will do), or start it anew"
         )
     # Counted by one rank, so that a later merge does not count them W times.
     return old | {"bad": old["bad"] if rank == 0 else Tally().to_dict()}

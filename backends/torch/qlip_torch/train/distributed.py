@@ -113,7 +113,8 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
     if size == 1 and engine.parallel == "ddp":
         yield World(0, 1, device)
         return
-    if size > 1:
+    # Who starts processes by hand may well end before them.
+    if size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:

@@ -91,14 +91,9 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         waited = time.perf_counter() - began
         report = stage.step(batches, step, probe=bool(every) and step % every == 0)
         done = step + 1
-        decibels = None
-        if parts.pictures and (done % parts.pictures == 0 or done == until):
-            began = time.perf_counter()
-            decibels = parts.show(done)
-            if parts.metrics is not None:
-                parts.metrics.leave_out(time.perf_counter() - began)
+        pictures = bool(parts.pictures) and (done % parts.pictures == 0 or done == until)
         if parts.metrics is not None:
-            parts.metrics.record(done, report, parts.loader.state_dict, waited, decibels)
+            parts.metrics.record(done, report, parts.loader.state_dict, waited, always=pictures)
         parts.checkpoints.poll()
         stopping = world.any(parts.stop.signal is not None)
         if stopping or done == until or done % parts.checkpoint.every == 0:
@@ -106,6 +101,13 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         if stopping:
             parts.checkpoints.wait()
             raise Interrupted(done, parts.stop.exit_code)
+        if pictures:  # after the checkpoint, which they may take longer than
+            began = time.perf_counter()
+            decibels = parts.show(done)
+            if parts.metrics is not None:
+                parts.metrics.leave_out(time.perf_counter() - began)
+                if decibels is not None:
+                    parts.metrics.amend({"pictures_psnr": decibels})
     parts.checkpoints.wait()
 
 

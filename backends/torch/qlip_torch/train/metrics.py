@@ -84,22 +84,20 @@ class Metrics:
         report: StepReport,
         position: Callable[[], dict[str, Any]] | None = None,
         waited: float = 0.0,
-        decibels: float | None = None,
+        always: bool = False,
     ) -> None:
         """After `done` steps: a line of JSON every so many steps, and the live line. `position` gives the
         data's, which counts and names the samples that were skipped on this rank; `waited` the seconds that
-        this step waited for its data; `decibels` the PSNR of the fixed pictures, if they were just shown."""
+        this step waited for its data; `always`: a line of JSON in any case."""
         now = time.perf_counter()
         self._waited += waited
         last = done == self._steps
-        if done % self._every == 0 or last or report.layer_norms or decibels is not None:
+        if done % self._every == 0 or last or report.layer_norms or always:
             elapsed = max(now - self._time, 1e-9)
             self._seconds += elapsed
             self._rate = (done - self._step) * self._batch / elapsed
             values = self._values(done, report) | {"data_wait": min(self._waited / elapsed, 1.0)}
             self._step, self._time, self._waited = done, now, 0.0
-            if decibels is not None:
-                values["pictures_psnr"] = decibels
             if position is not None and (skipped := self._skipped(position().get("bad"))):
                 values["skipped"] = skipped
             self._write(done, values)
@@ -150,7 +148,14 @@ class Metrics:
         """Entropy of the mean soft code as a share of its L bits."""
         return report.terms["codebook_entropy"] / math.log(2) / self._code_dim
 
+    def amend(self, values: dict[str, Any]) -> None:
+        """Add what was found since to the last line of JSON."""
+        begin, done, before = self._last
+        self._file.truncate(begin)
+        self._write(done, {**before, **values})
+
     def _write(self, done: int, values: dict[str, Any]) -> None:
+        self._last = (self._file.seek(0, os.SEEK_END), done, values)
         self._file.write(json.dumps({"step": done, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -190,7 +195,7 @@ class Metrics:
 
     def _show(self, done: int, report: StepReport) -> None:
         if self._terminal:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+            width = (os.get_terminal_size(sys.stderr.fileno()).columns or 80) - 1
             sys.stderr.write("\r" + self.line(done, report, width).ljust(width))
         else:
             sys.stderr.write(self.line(done, report) + "\n")

@@ -17,11 +17,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlip_core.architecture import PARTS, parameter_count
 from qlip_core.config import QLIPConfig
+from qlip_core.errors import RecipeError
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import Lpips
 from qlip_torch.train.discriminator import Discriminator
 from qlip_torch.train.precision import Precision
-from qlip_torch.train.recipe import EngineRecipe, Recipe, Stage1Recipe, Stage2Recipe, StageRecipe
+from qlip_torch.train.recipe import (
+    EngineRecipe,
+    Recipe,
+    Stage1Recipe,
+    Stage2Recipe,
+    StageRecipe,
+    StepsRecipe,
+)
 from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import TRAINED, Stage2Network
@@ -92,10 +100,14 @@ class Cost:
         return out
 
 
-def planned_for(meant_for: int, batch: int, here: int) -> tuple[int, list[str]]:
+def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, list[str]]:
     """The devices that a dry run on `here` processes plans for, and what to say of it: those that the recipe is
     meant for where there are fewer processes, unless its batch does not divide over them."""
-    if here >= meant_for or batch % meant_for:
+    try:
+        steps.micro_batches(meant_for)
+    except RecipeError:
+        return here, []
+    if here >= meant_for:
         return here, []
     return meant_for, [
         f"  this is the plan for the {meant_for} devices that the recipe is meant for, each like this one; "

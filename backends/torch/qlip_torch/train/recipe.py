@@ -382,14 +382,18 @@ class LogRecipe:
     pictures: int = 500
     picture_count: int = 8
     held_out: str = ""
-    """A set that training does not see: a folder, tars or parquet, as `data.sources` has them. Its first pictures
-    are those that the run is watched by, and the first `held_out_count` are what it is measured on at the
-    end. By default: the emoji set's own held-out pictures, or else training's first, and no measurement."""
+    """A set that training does not see: a folder, tars or parquet. Its first pictures are those that the run is
+    watched by, and the first `held_out_count` are what it is measured on at the end. By default: the emoji
+    set's own held-out pictures, or else some of training's, and no measurement."""
     held_out_count: int = 1000
 
     def __post_init__(self) -> None:
         at_least(self, 0, "gradients", "pictures")
         at_least(self, 1, "metrics", "picture_count", "held_out_count")
+        if self.held_out.partition("?")[0] == "emoji":
+            raise RecipeError(
+                "held_out: the emoji set's held-out pictures are measured without it; name a set that is stored"
+            )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from qlip_core.architecture import PARTS
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
-from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.errors import CheckpointError, DataError, RecipeError
 from qlip_core.files import write_text
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import build_perceptual
@@ -107,15 +107,19 @@ def train(
     recipe = _settled(recipe, stage, out, resume and not dry_run, steps, dry_run)
     stages = {"1": (1,), "2": (2,), "all": (1, 2)}[stage]
     stop = StopRequest(recipe.checkpoints.grace_seconds)
-    # A dry run has nothing to save: Ctrl-C ends it as it does any program.
-    with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
-        if dry_run:
+    if dry_run:  # has nothing to save: Ctrl-C ends it as it does any program
+        with joined(recipe.engine) as world:
             return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
-        with only_run_in(out) if world.is_first else nullcontext():
+    with ExitStack() as lock:
+        with joined(recipe.engine) as world, stop:
+            if world.is_first:
+                lock.enter_context(only_run_in(out))
+                check_begun(out, recipe, resume)  # once more: another run may just have ended
             _prepare(recipe, stage, out, world)
             run = _Run(recipe, out, world, stop, say)
             models = {number: run.stage(number) for number in stages}
-            report = run.report(models)
+        # The other ranks are done, and would wait for this one no longer than for any step.
+        report = run.report(models)
     return Result(out, models, report, run.plans)
 
 
@@ -162,8 +166,8 @@ def _settled(
                 build_perceptual(recipe.stage2.perceptual)
             except CheckpointError as error:
                 raise RecipeError(f"stage2.perceptual: {error}") from None
-    if kept.is_file() and not dry_run and (resume or begun(out)):
-        check_same_run(out, Recipe.from_file(kept), recipe, resume)
+    if not dry_run:
+        check_begun(out, recipe, resume)
     return recipe
 
 
@@ -181,6 +185,13 @@ def begun(out: Path) -> bool:
         any((folder / "checkpoints").glob("step-*")) or bool(read_metrics(folder))
         for folder in folders
     )
+
+
+def check_begun(out: Path, recipe: RecipeFile, resume: bool) -> None:
+    """Raises RecipeError where `out` holds a run that this one does not go on with."""
+    kept = out / RECIPE
+    if kept.is_file() and (resume or begun(out)):
+        check_same_run(out, type(recipe).from_file(kept), recipe, resume)
 
 
 def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) -> None:
@@ -307,7 +318,10 @@ class _Run:
         for number, model in models.items():
             lines = validate_emoji(model, device) if emoji else []
             if log.held_out:
-                lines += validate_on(model, device, log.held_out, log.held_out_count)
+                try:
+                    lines += validate_on(model, device, log.held_out, log.held_out_count)
+                except DataError as error:  # what was trained is not lost by it
+                    lines.append(f"the held-out set was not measured: {error}")
             if lines:
                 found[number] = lines
                 self.say(f"stage {number}:", *(f"  {line}" for line in lines))
@@ -345,7 +359,7 @@ class _Run:
             return
         devices, told = self.world.size, []
         if self._dry:
-            devices, told = planned_for(self.recipe.devices, settings.batch, devices)
+            devices, told = planned_for(self.recipe.devices, settings, devices)
         device = self.world.device
         rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
         plan = make_plan(self.recipe, config, number, device, devices, rate)

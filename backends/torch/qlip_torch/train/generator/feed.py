@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -68,9 +69,12 @@ class TokenFeed:
         self._shards = TokenShards(recipe.data.tokens, fingerprint)
         self._recipe, self._config, self._world = recipe, config, world
         self._rows = _rows_of_rank(recipe, world)
-        self._identity = {"images": len(self._shards), "digest": self._shards.digest()}
         self._samples = 0
         if state is not None:
+            if "digest" not in state["data"]:
+                raise DataError(
+                    "the saved data position is of an older version; start the run anew elsewhere"
+                )
             if state["data"] != self._identity:
                 raise DataError(
                     f"{recipe.data.tokens}: not the token shards that the run was begun with, of "
@@ -94,6 +98,10 @@ class TokenFeed:
         self._samples += rows * world.size
         tokens = batch.tokens.groups(self._config.group_size).reshape(rows, -1)
         return Rows(tokens, batch.captions, places)
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        return {"images": len(self._shards), "digest": self._shards.digest()}
 
     def state_dict(self) -> dict[str, Any]:
         return {"data": self._identity, "samples": self._samples}

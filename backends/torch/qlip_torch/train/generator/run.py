@@ -43,7 +43,7 @@ from qlip_torch.train.loop import Parts, train_stage
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
 from qlip_torch.train.plan import planned_for
 from qlip_torch.train.precision import Precision
-from qlip_torch.train.run import RECIPE, begun, check_same_run
+from qlip_torch.train.run import RECIPE, check_begun
 from qlip_torch.train.throughput import matmul_rate
 
 
@@ -85,6 +85,7 @@ def train_generator(
             return GeneratorResult(out, None, run.dry())
         with only_run_in(out) if world.is_first else nullcontext():
             if world.is_first:
+                check_begun(out, recipe, resume)  # once more: another run may just have ended
                 write_text(out / RECIPE, recipe.to_toml())
             world.barrier()
             plan = run.train()
@@ -101,8 +102,8 @@ def _settled(
         recipe = GeneratorRecipe.from_file(kept, f"--resume --out {out}")
     if steps is not None:
         recipe = recipe.changed([f"training.steps={steps}"])
-    if kept.is_file() and not dry_run and (resume or begun(out)):
-        check_same_run(out, GeneratorRecipe.from_file(kept), recipe, resume)
+    if not dry_run:
+        check_begun(out, recipe, resume)
     return recipe
 
 
@@ -201,7 +202,7 @@ class _Run:
             return None
         devices, told = self.world.size, []
         if dry:
-            devices, told = planned_for(self.recipe.devices, self.recipe.training.batch, devices)
+            devices, told = planned_for(self.recipe.devices, self.recipe.training, devices)
         device = self.world.device
         rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
         plan = make_plan(self.recipe, self.config, device, devices, rate)
