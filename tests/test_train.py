@@ -889,8 +889,10 @@ def test_weights_of_stage_2_are_read_before_stage_1(place: Path, tmp_path: Path)
 def test_stage_2_may_change_until_it_has_begun(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     short: dict[str, Any] = {"stage1__steps": 1, "stage2__steps": 1}
-    with pytest.raises(CheckpointError, match="absent: no such folder"):
+    with pytest.raises(RecipeError, match=r"stage2\.start: .*absent: no such folder"):
         run(place, out, stage="all", **short, stage2__start=str(tmp_path / "absent"))
+    assert not out.exists()
+    run(place, out, stage="1", **short, stage2__start=str(tmp_path / "absent"))
     # What an earlier attempt took as its start is not what the recipe names now.
     (out / "stage2" / "start").mkdir(parents=True)
     (out / "stage2" / "start" / "config.json").write_text("{}")

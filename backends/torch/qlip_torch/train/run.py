@@ -161,6 +161,11 @@ def _settled(
     if stage != "1" and not (out / "stage2" / STAGE_MODEL / "config.json").is_file():
         recipe.stage2.check_weights()
         # Read once before stage 1, not only after it. A dry run tells its plans first, then builds all.
+        if recipe.stage2.start and not dry_run and not begun(out / "stage2"):
+            try:
+                open_checkpoint(stage1_result(recipe.stage2.start))
+            except CheckpointError as error:
+                raise RecipeError(f"stage2.start: {error}") from None
         if recipe.stage2.lpips and recipe.stage2.perceptual != "random" and not dry_run:
             try:
                 build_perceptual(recipe.stage2.perceptual)
