@@ -40,7 +40,7 @@ _GAP = 2  # white pixels between the pictures of a sheet
 def generate(
     prompts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PROMPT", show_default=False),
+        typer.Argument(metavar="PROMPT", hidden=True, show_default=False),
     ] = None,
     output: Annotated[
         Path | None,
@@ -75,7 +75,7 @@ def generate(
 ) -> None:
     """Draw pictures of prompts.
 
-    One picture becomes a PNG, several a folder of PNGs, or with --grid one sheet. Settings that are not
+    PROMPT is what to draw, in quotes; an empty one draws without a caption. One picture becomes a PNG, several a folder of PNGs, or with --grid one sheet. Settings that are not
     given are the generator's own. Each PNG tells how it was drawn: `qlip info PICTURE.png`.
     """
     wanted = collect_prompts(prompts, prompts_file)
