@@ -20,7 +20,7 @@ import torch
 from configurations import random_weights
 
 import qlip_core as qlip
-from qlip_core import Model, VisualTokens
+from qlip_core import Model, VisualTokens, hub
 from qlip_core.errors import CheckpointError, ConfigError, GenerationError, TextError
 from qlip_core.generator import reference
 from qlip_core.generator.architecture import (
@@ -545,6 +545,17 @@ def test_generators_of_other_tokenizers_are_refused(
     without = qlip.load(tiny_model, backend="numpy")
     with pytest.raises(GenerationError, match="this model has no generator"):
         without.generate("a cat")
+
+
+def test_a_generator_is_named_by_its_folder_or_by_a_model_that_has_one(
+    drawing_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert open_generator(drawing_model).folder == drawing_model / "generator"
+    assert open_generator(drawing_model / "generator").folder == drawing_model / "generator"
+    monkeypatch.setattr(hub, "BUNDLED", drawing_model)
+    assert open_generator("bundled").folder == drawing_model / "generator"
+    with pytest.raises(CheckpointError, match="not a file"):
+        open_generator(drawing_model / "config.json")
 
 
 def test_a_saved_generator_comes_back(tmp_path: Path) -> None:

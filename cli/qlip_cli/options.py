@@ -106,7 +106,9 @@ CfgInterval = Annotated[
 GeneratorFolder = Annotated[
     Path | None,
     typer.Option(
-        metavar="FOLDER", show_default=False, help="Generator (default: the model's own)."
+        metavar="FOLDER",
+        show_default=False,
+        help="Generator, or a model that has one (default: the model's own).",
     ),
 ]
 

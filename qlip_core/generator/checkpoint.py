@@ -15,6 +15,7 @@ from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture, diff_tensors
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.sampling import Sampling
+from qlip_core.hub import find_model
 from qlip_core.tensorfile import TensorFile
 
 FOLDER = "generator"  # inside a tokenizer's folder
@@ -53,15 +54,18 @@ class GeneratorCheckpoint:
         return values
 
 
-def open_generator(folder: str | Path) -> GeneratorCheckpoint:
+def open_generator(named: str | Path) -> GeneratorCheckpoint:
     """Open a generator's folder; reads headers only.
 
+    `named`: that folder, or a model with a generator in it, as `qlip_core.hub.find_model` takes it.
     Raises ConfigError or CheckpointError; the latter lists every tensor that is missing, unexpected or
     of another shape.
     """
-    folder = Path(folder).expanduser()
+    folder = find_model(named)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; a generator is a folder with config.json")
+        raise CheckpointError(f"{folder}: a generator is a folder with config.json, not a file")
+    if (folder / FOLDER).is_dir():
+        folder = folder / FOLDER
     config = GeneratorConfig.from_file(folder / "config.json")
     files: dict[str, TensorFile] = {}
     for path in weight_files(folder):

@@ -13,14 +13,14 @@ from qlip_core.generator.generate import TokenDrawer
 
 
 def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> GeneratorCheckpoint | None:
-    """The generator in the folder `named`, or in the tokenizer's own; None where it has none.
+    """The generator `named` (as `open_generator` takes it), or in the tokenizer's own folder; None where it has none.
 
     Raises ConfigError or CheckpointError, also for one that was made for another tokenizer.
     """
-    folder = checkpoint.folder / FOLDER if named is None else Path(named).expanduser()
-    if named is None and not folder.is_dir():
+    if named is None and not (checkpoint.folder / FOLDER).is_dir():
         return None
-    found = open_generator(folder)
+    found = open_generator(checkpoint.folder if named is None else named)
+    folder = found.folder
     made_for, ours = found.config.tokenizer, checkpoint.fingerprint
     if made_for and made_for != ours:
         raise CheckpointError(

@@ -158,8 +158,8 @@ class GeneratorRecipe(RecipeFile):
     tokenizer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """In which the frozen tokenizer encodes images and captions."""
     start: str = ""
-    """A generator of the same sizes to continue from, a folder; its weights, all of them, and nothing
-    else. It may have been made for another tokenizer. Empty: random weights."""
+    """A generator of the same sizes to continue from: its folder, or a model that has one, "bundled" too. Its
+    weights, all of them, and nothing else; it may have been made for another tokenizer. Empty: random weights."""
     model: GeneratorModelRecipe = field(default_factory=GeneratorModelRecipe)
     data: GeneratorDataRecipe = field(default_factory=GeneratorDataRecipe)
     training: GeneratorStepsRecipe = field(default_factory=GeneratorStepsRecipe)
