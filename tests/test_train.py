@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from training import curve, finish, settings, start_run, write_data, write_recipe
+from training import (
+    curve,
+    finish,
+    in_haste,
+    settings,
+    start_run,
+    with_curves,
+    write_data,
+    write_recipe,
+)
 
 from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint
@@ -47,12 +56,9 @@ ALONE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose time on a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def hasty() -> Iterator[None]:
+    with in_haste():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -182,20 +188,22 @@ def test_bfloat16_keeps_code_and_losses_in_float32(place: Path) -> None:
 def whole_run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages, the second with everything on, its batches accumulated."""
     out = tmp_path_factory.mktemp("run") / "out"
-    run(
-        place,
-        out,
-        stage="all",
-        stage2__perceptual="random",
-        stage2__lpips=0.1,
-        stage2__gan=0.1,
-        stage2__ssim=0.1,
-        stage2__micro_batch=4,
-        stage2__ema=0.9,
-        stage2__discriminator={"base_channels": 256, "r1_every": 3},
-        stage2__steps=4,
-        log__pictures=4,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        with_curves(patch)
+        run(
+            place,
+            out,
+            stage="all",
+            stage2__perceptual="random",
+            stage2__lpips=0.1,
+            stage2__gan=0.1,
+            stage2__ssim=0.1,
+            stage2__micro_batch=4,
+            stage2__ema=0.9,
+            stage2__discriminator={"base_channels": 256, "r1_every": 3},
+            stage2__steps=4,
+            log__pictures=4,
+        )
     return out
 
 
@@ -327,7 +335,10 @@ def test_a_held_out_set_without_captions_or_gone_costs_no_report(
     assert "the held-out set was not measured: " in report
 
 
-def test_a_run_without_pictures_has_curves(place: Path, tmp_path: Path) -> None:
+def test_a_run_without_pictures_has_curves(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_curves(monkeypatch)
     run(place, tmp_path, stage1__steps=2, log__pictures=0)
     assert (tmp_path / "stage1" / "curves.png").is_file()
     assert not (tmp_path / "stage1" / "pictures").exists()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from training import curve, finish, settings, start_run, write_data, write_recipe
+from training import curve, finish, in_haste, settings, start_run, write_data, write_recipe
 
 from qlip_torch.train.checkpoints import latest_checkpoint
 from qlip_torch.train.recipe import Recipe
@@ -29,12 +28,9 @@ CHANGES: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose time on a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def hasty() -> Iterator[None]:
+    with in_haste():
+        yield
 
 
 @pytest.fixture(scope="session")

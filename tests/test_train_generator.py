@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from command_line import runner
 from configurations import random_weights
 from PIL import Image
-from training import finish, settings, start_run, write_data
+from training import finish, in_haste, settings, start_run, with_curves, write_data
 
 import qlip_core as qlip
 from qlip_core.data.shards import open_source
@@ -39,6 +40,12 @@ from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.recipe import GENERATOR, Recipe, recipe_names
 
 CPU = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hasty() -> Iterator[None]:
+    with in_haste():
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +183,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(place: Path) -> None:
         stage.step([inputs], 0)
 
 
-def test_it_learns(place: Path, tmp_path: Path) -> None:
+def test_it_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_curves(monkeypatch)
     changes = ["training.steps=60", "training.batch=16", "training.micro_batch=16", "data.flip=0"]
     run(recipe_of(place, "model.dropout=0.0", *changes), tmp_path / "run")
     losses = [loss for _, loss, _ in curve(tmp_path / "run")]

@@ -6,16 +6,40 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from qlip_core.data.vocabulary import train_bpe
 
 WORDS = ("red", "green", "blue", "noise", "square", "left", "right", "dark")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@contextmanager
+def in_haste() -> Iterator[None]:
+    """One thread, on which models this small are faster, and runs without curves, which take longer to draw."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("run", "generator.run"):
+            patch.setattr(f"qlip_torch.train.{module}.save_curves", lambda *_: False)
+        yield
+    torch.set_num_threads(threads)
+
+
+def with_curves(patch: pytest.MonkeyPatch) -> None:
+    """Runs as users know them, in the midst of `in_haste`."""
+    from qlip_torch.train.figures import save_curves
+
+    for module in ("run", "generator.run"):
+        patch.setattr(f"qlip_torch.train.{module}.save_curves", save_curves)
 
 
 def write_data(folder: Path, count: int = 48) -> None:
