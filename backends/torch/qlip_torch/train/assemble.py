@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,10 @@ class Start:
 
 
 def write_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Put the recipe's tokenizer files where the run keeps them. Raises RecipeError without any."""
+    """Put the vocabulary that the recipe has trained, if it does, where the run keeps it, whole or not at all.
+
+    Raises RecipeError for a size that is not given, or that the captions do not yield.
+    """
     model = recipe.model
     if model.tokenizer != "emoji":
         return
@@ -57,11 +61,14 @@ def write_tokenizer(recipe: Recipe, folder: Path) -> None:
             'model.tokenizer = "emoji" trains a vocabulary: give its size as model.text.vocabulary'
         )
     length = model.config().text_config.max_position_embeddings
-    found = train_bpe(caption_corpus(), size, folder, context_length=length)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    found = train_bpe(caption_corpus(), size, part, context_length=length)
     if found != size:
         raise RecipeError(
             f"model.text.vocabulary (={size}): the emoji captions have no more than {found} tokens"
         )
+    part.rename(folder)
 
 
 def tokenizer_folder(recipe: Recipe, folder: Path) -> Path:
@@ -130,7 +137,13 @@ def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
 
 
 def start_from(checkpoint: Checkpoint, origin: str) -> Start:
-    """A beginning from a QLIP checkpoint. Raises RecipeError if it has no tokenizer, or other pixels."""
+    """A beginning from a QLIP checkpoint. Raises RecipeError as `check_start` does."""
+    tokenizer = check_start(checkpoint, origin)
+    return Start(checkpoint.config, checkpoint.tensors(), tokenizer, checkpoint.folder, (origin,))
+
+
+def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
+    """The tokenizer of a checkpoint to go on from. Raises RecipeError if it has none, or other pixels."""
     if checkpoint.tokenizer is None:
         raise RecipeError(f"{origin}: has no tokenizer files, and training reads captions")
     found = checkpoint.preprocessing
@@ -139,9 +152,7 @@ def start_from(checkpoint: Checkpoint, origin: str) -> Start:
             f"{origin}: normalises pixels by mean {found.mean} and deviation {found.std}; training "
             f"knows CLIP's alone, {CLIP_MEAN} and {CLIP_STD}"
         )
-    return Start(
-        checkpoint.config, checkpoint.tensors(), checkpoint.tokenizer, checkpoint.folder, (origin,)
-    )
+    return checkpoint.tokenizer
 
 
 def stage1_result(path: str | Path) -> Path:

@@ -154,7 +154,7 @@ class Checkpoints:
         later = [path for path in _complete(self.folder) if path.name > newest.name]
         for path in [*later, *older[: max(0, len(older) + 1 - self._keep)]]:
             self._clear(path)
-        for path in self.folder.glob(".step-*.part"):
+        for path in self.folder.glob(".step-*"):  # what a kill left, half written or half removed
             shutil.rmtree(path, ignore_errors=True)
 
     def _clear(self, path: Path) -> None:
@@ -213,11 +213,7 @@ def read_checkpoint(
     Raises CheckpointError where it is damaged, or has no such tensors.
     """
     # Before torch reads it, which logs a traceback of what goes wrong.
-    try:
-        table = _Reader(path).read_metadata().state_dict_metadata
-        sizes = {name: list(entry.size) for name, entry in table.items()}
-    except Exception as error:  # a damaged pickle can raise anything
-        raise _damaged(path / ".metadata", f"cannot be read ({_cause(error)})") from None
+    sizes = tensor_sizes(path)
     for name, tensor in tensors.items():
         if sizes.get(name) != list(tensor.shape):
             raise CheckpointError(
@@ -232,6 +228,15 @@ def read_checkpoint(
             )
     except (dcp.CheckpointException, OSError, ValueError) as error:
         raise _damaged(path / "*.distcp", f"the tensors cannot be read ({_cause(error)})") from None
+
+
+def tensor_sizes(path: Path) -> dict[str, list[int]]:
+    """The shapes of a checkpoint's tensors, by name. Raises CheckpointError where it is damaged."""
+    try:
+        table = _Reader(path).read_metadata().state_dict_metadata
+        return {name: list(entry.size) for name, entry in table.items()}
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged(path / ".metadata", f"cannot be read ({_cause(error)})") from None
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:

@@ -38,12 +38,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from qlip_core.data.samples import Limits, Tally
-from qlip_core.errors import DataError
+from qlip_core.errors import DataError, RecipeError
 from qlip_torch.train.feeds import Failure, IndexedFeed, IndexedSource, LaneFeed, Part
 from qlip_torch.train.lanes import StreamSource
 from qlip_torch.train.order import Mixture
 from qlip_torch.train.pictures import Augmentation, Batch, Preparer, Tokenize
 from qlip_torch.train.sources import open_training_source
+from qlip_torch.train.strict import at_least
 
 __all__ = ["Batch", "DataConfig", "Loader", "Source", "make_loader", "merge_states"]
 
@@ -65,9 +66,9 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.location:
-            raise DataError("a source needs a location")
+            raise RecipeError('location is empty: name a set, or "emoji"')
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise DataError(f"{self.location}: weight {self.weight}: must be above 0")
+            raise RecipeError(f"weight (={self.weight}) of {self.location} must be above 0")
 
 
 @dataclass(frozen=True)
@@ -95,24 +96,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise DataError("data.sources is empty: name at least one")
-        for name, least in (
-            ("workers", 0),
-            ("streams", 0),
-            ("seed", 0),
-            ("prefetch", 1),
-            ("shuffle_buffer", 1),
-            ("shuffle_megabytes", 1),
-            ("image_megabytes", 1),
-        ):
-            if getattr(self, name) < least:
-                raise DataError(f"data.{name} (={getattr(self, name)}) must be at least {least}")
+            raise RecipeError("sources is empty: name at least one")
+        at_least(self, 0, "workers", "streams", "seed")
+        at_least(self, 1, "prefetch", "shuffle_buffer", "shuffle_megabytes", "image_megabytes")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise DataError(f"data.scale (={self.scale}) must be two shares, 0 < low <= high <= 1")
+            raise RecipeError(f"scale (={self.scale}) must be two shares, 0 < low <= high <= 1")
         if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
-            raise DataError(f"data.ratio (={self.ratio}) must be two ratios, 0 < low <= high")
+            raise RecipeError(f"ratio (={self.ratio}) must be two ratios, 0 < low <= high")
         if not 0 <= self.flip <= 1:
-            raise DataError(f"data.flip (={self.flip}) must be a chance from 0 to 1")
+            raise RecipeError(f"flip (={self.flip}) must be a chance from 0 to 1")
 
 
 class Loader:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from qlip_core.architecture import architecture
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint, stated
@@ -14,13 +17,20 @@ from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture as generator_architecture
 from qlip_core.generator.checkpoint import save_generator
 from qlip_core.generator.config import GeneratorConfig
-from qlip_torch.train.checkpoints import latest_checkpoint, read_checkpoint, read_state
+from qlip_core.text import FILES as TOKENIZER_FILES
+from qlip_torch.train.checkpoints import (
+    latest_checkpoint,
+    read_checkpoint,
+    read_state,
+    tensor_sizes,
+)
 from qlip_torch.train.recipe import GENERATOR
-from qlip_torch.train.stage2 import TRAINED
 from qlip_torch.train.strict import to_toml
 
 RECIPE = "recipe.toml"
 """Beside an exported model: what it was trained by."""
+TOKENIZER = "tokenizer"
+"""In a run's folder: the vocabulary that it has trained, if it did."""
 
 
 def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
@@ -47,33 +57,27 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     """
     path, state = _newest(folder)
     config = QLIPConfig.from_dict(state["config"])
-    prefix = "ema" if state["numbers"]["ema_updates"] else "model"
-    tensors = {
-        f"{prefix}.{name}": torch.empty(spec.shape)
-        for name, spec in architecture(config).items()
-        if state["stage"] == 1 or spec.part in TRAINED
-    }
-    read_checkpoint(path, tensors)
-    weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}
-    if state["stage"] == 2:
-        weights = open_checkpoint(folder / "start").tensors() | weights
-    recipe = state["recipe"]
+    shapes = {name: spec.shape for name, spec in architecture(config).items()}
+    start = open_checkpoint(folder / "start").tensors() if state["stage"] == 2 else {}
+    weights = _weights(path, shapes, start)
+    recipe, tokenizer = state["recipe"], _tokenizer(folder, state)
     # What is derived from a checkpoint keeps the licence that the checkpoint stated.
     derived = state["stage"] == 2 or recipe["start"]["checkpoint"]
-    licence = stated(Path(state["tokenizer"]), "license") if derived else None
-    card = (
-        f"---\n{f'license: {licence}' + chr(10) if licence else ''}"
-        f"note: {recipe['name']}, stage {state['stage']}, step {state['step']}\n---\n\n"
-        f"# {recipe['name']}\n\n{recipe['description']}\n\n"
-        f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.\n"
-    )
+    licence = stated(tokenizer, "license") if derived else None
+    front = [f"license: {licence}"] if licence else []
+    front.append(f"note: {recipe['name']}, stage {state['stage']}, step {state['step']}")
+    lines = [
+        *("---", *front, "---", ""),
+        *(f"# {recipe['name']}", "", recipe["description"], ""),
+        f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.",
+    ]
     return save_checkpoint(
         out,
         config,
         weights,
         dtype=dtype,
-        tokenizer_from=state["tokenizer"],
-        card=card,
+        tokenizer_from=tokenizer,
+        card="\n".join(lines) + "\n",
         beside={RECIPE: to_toml(recipe)},
     )
 
@@ -83,11 +87,8 @@ def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path
     keeps one."""
     path, state = _newest(folder)
     config = GeneratorConfig.from_dict(state["config"])
-    prefix = "ema" if state["numbers"]["ema_updates"] else "model"
     shapes = {name: spec.shape for name, spec in generator_architecture(config).items()}
-    tensors = {f"{prefix}.{name}": torch.empty(shape) for name, shape in shapes.items()}
-    read_checkpoint(path, tensors)
-    weights = {name.partition(".")[2]: tensor.numpy() for name, tensor in tensors.items()}
+    weights = _weights(path, shapes, {})
     recipe = state["recipe"]
     card = (
         f"# {recipe['name']}\n\n{recipe['description']}\n\n"
@@ -95,6 +96,38 @@ def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path
     )
     beside = {RECIPE: to_toml(recipe), "README.md": card}
     return save_generator(out, config, weights, dtype=dtype, beside=beside)
+
+
+def _weights(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], start: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Every tensor of a model, float32: its moving average where the checkpoint has one (what is frozen has
+    none), else the model's own, else, of what a stage left alone, the `start`'s."""
+    kept = tensor_sizes(path)
+    found: dict[str, Tensor] = {}
+    for name, shape in shapes.items():
+        if f"ema.{name}" in kept:
+            found[f"ema.{name}"] = torch.empty(shape)
+        elif f"model.{name}" in kept or name not in start:
+            found[f"model.{name}"] = torch.empty(shape)
+    read_checkpoint(path, found)
+    trained = {name.partition(".")[2]: tensor.numpy() for name, tensor in found.items()}
+    return {name: trained[name] if name in trained else start[name] for name in shapes}
+
+
+def _tokenizer(folder: Path, state: dict[str, Any]) -> Path:
+    """Where the tokenizer of a stage's run is, also where the run has been moved since. Raises CheckpointError
+    where it is gone."""
+    path = Path(state["tokenizer"])
+    if state["stage"] == 2:
+        path = folder / "start"
+    elif not state["recipe"]["start"]["checkpoint"] and (own := folder.parent / TOKENIZER).is_dir():
+        path = own
+    if not any((path / name).is_file() for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{folder}: the tokenizer it was trained with is not in {path} any more: put it back there"
+        )
+    return path
 
 
 def _newest(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -118,7 +118,7 @@ def save(parts: Parts, done: int) -> None:
         "stage": stage.number,
         "recipe": parts.recipe.to_dict(),
         "config": parts.config.to_dict(),
-        "tokenizer": str(parts.tokenizer_folder),
+        "tokenizer": str(parts.tokenizer_folder.absolute()),
         "numbers": stage.numbers(),
     }
     parts.checkpoints.save(done, stage.tensors(), state, {"data": parts.loader.state_dict()})

@@ -101,6 +101,7 @@ class Metrics:
             if position is not None and (skipped := self._skipped(position().get("bad"))):
                 values["skipped"] = skipped
             self._write(done, values)
+            self._plot(done, values)
         if self._terminal or now - self._shown > QUIET_SECONDS or last:
             self._shown = now
             self._show(done, report)
@@ -153,11 +154,14 @@ class Metrics:
         begin, done, before = self._last
         self._file.truncate(begin)
         self._write(done, {**before, **values})
+        self._plot(done, values)
 
     def _write(self, done: int, values: dict[str, Any]) -> None:
         self._last = (self._file.seek(0, os.SEEK_END), done, values)
         self._file.write(json.dumps({"step": done, **values}) + "\n")
         self._file.flush()
+
+    def _plot(self, done: int, values: dict[str, Any]) -> None:
         if self._board is not None:
             for name, value in _flat(values):
                 self._board.add_scalar(f"{self._stage.replace(' ', '')}/{name}", value, done)

@@ -32,7 +32,7 @@ from qlip_torch.train.recipe import (
 )
 from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
-from qlip_torch.train.stage2 import TRAINED, Stage2Network
+from qlip_torch.train.stage2 import Stage2Network
 from qlip_torch.train.throughput import forward_flops, size_text
 
 # What a compiled block keeps of what a plain one does: it computes pointwise operations anew. Measured at B-16
@@ -200,7 +200,7 @@ def make_plan(
 def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The parts of the model that a stage trains, and those that it runs."""
     if not isinstance(settings, Stage1Recipe):
-        return TRAINED, STAGE2_PARTS
+        return settings.trained, STAGE2_PARTS
     return settings.trained, tuple(p for p in PARTS if p == "down" or p not in settings.idle)
 
 

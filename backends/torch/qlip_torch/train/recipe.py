@@ -17,7 +17,7 @@ import qlip_core
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import ConfigError, RecipeError
 from qlip_torch.train.data import DataConfig
-from qlip_torch.train.strict import build, load_toml, plain, to_toml, toml_value
+from qlip_torch.train.strict import at_least, build, load_toml, plain, to_toml, toml_value
 
 TOKENIZER, GENERATOR = "tokenizer", "generator"
 _COMMANDS = {TOKENIZER: "qlip train", GENERATOR: "qlip train generator"}
@@ -239,6 +239,26 @@ class StageRecipe(StepsRecipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(self, 0, "mse", "bsq", "commitment")
+        if not any(self.learning_rate.by_group.values()):
+            raise RecipeError("learning_rate: every rate is 0, so nothing would be trained")
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The parts of the model (`qlip_core.architecture.PARTS`) that no loss asks for."""
+        return ()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parts that gradients reach and a rate is given for."""
+        rates = self.learning_rate
+        given = {
+            "text": rates.text,
+            "encoder": rates.encoder,
+            "down": rates.rest,
+            "up": rates.rest,
+            "decoder": rates.decoder,
+        }
+        return tuple(part for part, rate in given.items() if rate and part not in self.idle)
 
 
 @dataclass(frozen=True)
@@ -258,9 +278,6 @@ class Stage1Recipe(StageRecipe):
         super().__post_init__()
         at_least(self, 0, "align")
         at_least(self, 1, "max_logit_scale")
-        rates = self.learning_rate
-        if not any((rates.rest, rates.encoder, rates.text, rates.decoder)):
-            raise RecipeError("learning_rate: every rate is 0, so nothing would be trained")
         if not (self.align or self.bsq or self.decodes):
             raise RecipeError("align, mse, bsq and commitment are all 0: nothing is minimised")
         if not self.trained:
@@ -275,19 +292,6 @@ class Stage1Recipe(StageRecipe):
         if self.decodes:
             return out
         return (*out, "up", "decoder") if self.bsq else (*out, "down", "up", "decoder")
-
-    @property
-    def trained(self) -> tuple[str, ...]:
-        """The parts that gradients reach and a rate is given for."""
-        rates = self.learning_rate
-        given = {
-            "text": rates.text,
-            "encoder": rates.encoder,
-            "down": rates.rest,
-            "up": rates.rest,
-            "decoder": rates.decoder,
-        }
-        return tuple(part for part, rate in given.items() if rate and part not in self.idle)
 
     @property
     def decodes(self) -> bool:
@@ -521,10 +525,3 @@ def find_recipe(name: str | Path, kind: str = TOKENIZER) -> Path:
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise RecipeError(f"no recipe {str(name)!r}: a path, or one of {', '.join(names)}{hint}")
-
-
-def at_least(recipe: Any, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(recipe, name)
-        if not value >= least:
-            raise RecipeError(f"{name} (={value}) must be at least {least}")

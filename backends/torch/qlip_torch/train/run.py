@@ -31,6 +31,7 @@ from qlip_torch.train.assemble import (
     STAGE_MODEL,
     Start,
     check_sources,
+    check_start,
     first_start,
     fixed_pixels,
     stage1_result,
@@ -41,7 +42,7 @@ from qlip_torch.train.assemble import (
 from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.data import merge_states
 from qlip_torch.train.distributed import StopRequest, World, joined
-from qlip_torch.train.export import export_stage
+from qlip_torch.train.export import TOKENIZER, export_stage
 from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, train_stage
@@ -58,7 +59,7 @@ from qlip_torch.train.stage2 import build_stage2
 from qlip_torch.train.throughput import forward_flops, matmul_rate
 from qlip_torch.train.validation import validate_emoji, validate_on
 
-RECIPE, STAGES, TOKENIZER = "recipe.toml", "stages.txt", "tokenizer"
+RECIPE, STAGES = "recipe.toml", "stages.txt"
 # What may change between a run and its continuation: nothing that the losses depend on, but for the
 # rounding of another precision or engine.
 _MAY_CHANGE = {"name", "description", "devices", "log", "checkpoints", "engine"}
@@ -163,9 +164,10 @@ def _settled(
         # Read once before stage 1, not only after it. A dry run tells its plans first, then builds all.
         if recipe.stage2.start and not dry_run and not begun(out / "stage2"):
             try:
-                open_checkpoint(stage1_result(recipe.stage2.start))
+                found = open_checkpoint(stage1_result(recipe.stage2.start))
             except CheckpointError as error:
                 raise RecipeError(f"stage2.start: {error}") from None
+            check_start(found, f"stage2.start: {recipe.stage2.start}")
         if recipe.stage2.lpips and recipe.stage2.perceptual != "random" and not dry_run:
             try:
                 build_perceptual(recipe.stage2.perceptual)
@@ -418,10 +420,16 @@ class _Run:
                     "with --set stage2.start=RUN"
                 )
             source = open_checkpoint(found)
+            check_start(source, origin)
             folder.mkdir(parents=True, exist_ok=True)
             card = f"---\nlicense: {source.license}\n---\n" if source.license else None
             save_checkpoint(
-                kept, source.config, source.tensors(), tokenizer_from=source.folder, card=card
+                kept,
+                source.config,
+                source.tensors(),
+                tokenizer_from=source.folder,
+                preprocessing=source.preprocessing,
+                card=card,
             )
         self.world.barrier()
         return start_from(open_checkpoint(kept), self.recipe.stage2.start or "stage 1 of this run")

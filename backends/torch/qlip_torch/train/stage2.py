@@ -35,7 +35,6 @@ from qlip_torch.train.stage1 import objectives_of_code, reconstruct
 
 PARTS = ("encoder", "down", "up", "decoder")
 """What is in memory."""
-TRAINED = ("down", "up", "decoder")
 
 
 class Encoded(NamedTuple):
@@ -211,7 +210,7 @@ def build_stage2(
     model.train()
     table = architecture(model.config)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(table[name].part in TRAINED)
+        parameter.requires_grad_(table[name].part in recipe.trained)
     network = Stage2Network(model, precision)
     blocks = model.blocks()
     prepare_blocks(blocks, engine)

@@ -1,7 +1,7 @@
 """Strict settings: frozen dataclasses from TOML and back.
 
 An unknown key is an error that names it and the nearest valid one; a value of the wrong type says what it
-should be; errors of a dataclass' own checks say where in the tree it stands.
+should be; errors of a dataclass' own checks, which begin with the field, say where in the tree it stands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from qlip_core.errors import DataError, RecipeError
+from qlip_core.errors import QlipError, RecipeError
 from qlip_core.training import toml_string
 
 T = TypeVar("T")
@@ -89,9 +89,16 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         known[key] = _typed(hints[key], value, f"{where}{key}")
     try:
         return cls(**known)
-    except (RecipeError, DataError) as error:
-        text = str(error).removeprefix(where)
-        raise RecipeError(f"{where}{text}") from None
+    except QlipError as error:
+        raise RecipeError(f"{where}{error}") from None
+
+
+def at_least(settings: Any, least: float, *names: str) -> None:
+    """Raises RecipeError where one of these fields is less."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value >= least:
+            raise RecipeError(f"{name} (={value}) must be at least {least}")
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:

@@ -22,10 +22,10 @@ from qlip_torch.train.recipe import (
     EngineRecipe,
     RecipeFile,
     StepsRecipe,
-    at_least,
     find_recipe,
     given_only,
 )
+from qlip_torch.train.strict import at_least
 
 
 @dataclass(frozen=True)
