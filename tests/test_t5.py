@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -59,6 +60,20 @@ def test_generators_name_their_t5(folder: Path, tmp_path: Path) -> None:
     assert captions.features.shape == (2, 4, 16) and captions.null.tolist() == [False, True]
     with pytest.raises(CheckpointError, match=f"{tmp_path}: cannot be loaded"):
         encode_prompts(["a"], t5(replace(config, t5_model=str(tmp_path))), config)
+
+
+def test_a_t5_that_lacks_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random values."""
+    shutil.copytree(folder, tmp_path / "t5")
+    weights = load_file(folder / "model.safetensors")
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    for broken, message in (
+        ({k: v for k, v in weights.items() if k != name}, f"weights are missing: {name}"),
+        (weights | {name: weights[name] * float("nan")}, f"tensor {name} has NaN"),
+    ):
+        save_file(broken, tmp_path / "t5" / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=message):
+            T5Encoder(str(tmp_path / "t5"), 5, "cpu")(["a"])
 
 
 def test_a_t5_beside_the_generator_is_found_from_anywhere(

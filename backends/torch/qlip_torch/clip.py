@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlip_core.config import TextConfig
-from qlip_core.errors import BackendError, CheckpointError, TextError
+from qlip_core.errors import BackendError, TextError
 from qlip_core.hub import find_model, hub_id
 from qlip_core.preprocessing import Preprocessing
 from qlip_core.text import Tokenizer
+from qlip_torch.pretrained import pretrained
 from qlip_torch.weight_files import sha256_of, weight_files
 
 # A ViT-L/14 keeps about 100 MB of activations an image.
@@ -101,22 +102,7 @@ def _load(folder: Path) -> Any:
         raise BackendError(
             "a CLIP that is no QLIP is read by transformers: run `pip install 'qlip[t5]'`"
         ) from None
-    try:
-        loaded: Any = CLIPModel.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: cannot be loaded ({line})") from None
-    model, found = loaded
-    # transformers fills what is missing with random values and goes on.
-    if missing := sorted(found["missing_keys"]):
-        more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        raise CheckpointError(f"{folder}: weights are missing: {', '.join(missing[:4])}{more}")
-    for name, values in model.named_parameters():
-        if not torch.isfinite(values).all():
-            raise CheckpointError(f"{folder}: tensor {name} has NaN or infinite values")
-    return model.float()
+    return pretrained(CLIPModel, folder).float()
 
 
 def _unit(x: Tensor) -> np.ndarray:

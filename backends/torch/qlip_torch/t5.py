@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qlip_core.errors import BackendError, CheckpointError
+from qlip_core.errors import BackendError
 from qlip_core.hub import from_hub
+from qlip_torch.pretrained import pretrained, read
 
 _WANTED = ("*.json", "*.safetensors", "spiece.model")
 
@@ -18,9 +19,9 @@ _WANTED = ("*.json", "*.safetensors", "spiece.model")
 class T5Encoder:
     """Captions -> the encoder's last hidden states, float32 [B, T, F], padded on the left.
 
-    `name` is a folder or a hub id.
-    Loaded when first used, in float32: T5 overflows float16. Raises BackendError where transformers is not
-    installed, CheckpointError where the model cannot be had.
+    `name` is a folder or a hub id. Loaded when first used, in float32: T5 overflows float16. Raises
+    BackendError where transformers is not installed, CheckpointError where the model cannot be had or lacks
+    weights.
     """
 
     def __init__(self, name: str, length: int, device: str) -> None:
@@ -63,13 +64,13 @@ class T5Encoder:
             if not folder.is_dir():
                 # Our own way to the hub: transformers' takes a mistyped folder for an id and retries for long.
                 folder = from_hub(self._name, wanted=_WANTED)
-            own: dict[str, Any] = {"local_files_only": True}
-            try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right", **own)
-                model = T5EncoderModel.from_pretrained(folder, use_safetensors=True, **own)
-            except (OSError, ValueError) as error:
-                line = str(error).strip().splitlines()[0]
-                raise CheckpointError(f"{self._name}: cannot be loaded ({line})") from None
-            model.to(device=torch.device(self._device))  # type: ignore[call-arg]
+            tokenizer = read(
+                folder,
+                lambda: AutoTokenizer.from_pretrained(
+                    folder, padding_side="right", local_files_only=True
+                ),
+            )
+            model = pretrained(T5EncoderModel, folder).float()
+            model.to(torch.device(self._device))
             self._loaded = tokenizer, model.eval()
         return self._loaded
