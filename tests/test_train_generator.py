@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +210,28 @@ def test_rows_made_ahead_are_the_same_rows(place: Path) -> None:
     for one, other in zip(*found):
         assert all(torch.equal(a, b) for a, b in zip(one, other))
     assert states[0] == states[1]  # of what was handed out, not of what lies ready
+
+
+def test_settled_rows_are_made_by_nobody(place: Path) -> None:
+    """While pictures are drawn no thread tokenizes captions or asks for the GPU."""
+    recipe = recipe_of(place)
+    stage, model = stage_of(recipe)
+    busy = threading.Event()
+
+    def slow(rows: Rows) -> Any:
+        busy.set()
+        time.sleep(0.05)
+        inputs = stage.inputs(rows)
+        busy.clear()
+        return inputs
+
+    feed = Prepared(make_feed(recipe, stage.model.config, model, CPU), slow, ahead=True)
+    with feed.opened():
+        feed.settle()
+        next(feed)
+        busy.wait(5)
+        feed.settle()
+        assert not busy.is_set()
 
 
 def test_dropped_captions_follow_from_seed_and_row() -> None:

@@ -325,7 +325,9 @@ class Recording:
             self._step(number)
         torch.cuda.current_stream(self.network.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # "thread_local": what other threads ask of CUDA meanwhile (a training's feed, the loader's pinning of
+        # memory) is no part of it, and must not end it.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(number)
         return graph
 

@@ -6,7 +6,7 @@ Legend: b rows of this rank's micro-batch, M sub-tokens of a picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -176,6 +176,12 @@ class Prepared:
     def _make(self) -> tuple[Inputs, dict[str, Any]]:
         with torch.cuda.stream(self._stream):  # nothing where there is none
             return self._prepare(next(self._feed)), self._feed.state_dict()
+
+    def settle(self) -> None:
+        """Wait until nothing is being made: for what shares the conditioner, whose tokenizer keeps a state of
+        its own, or the GPU. An error in it is raised where its rows are asked for."""
+        if self._next is not None:
+            wait([self._next])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the rows handed out so far end."""

@@ -178,7 +178,7 @@ class _Run:
                         checkpoints=checkpoints,
                         stop=self.stop,
                         metrics=metrics,
-                        show=self._pictures(stage),
+                        show=self._pictures(stage, feed),
                     )
                     train_stage(parts, done, recipe.training.steps)
         finally:
@@ -245,8 +245,9 @@ class _Run:
             device=self.world.device,
         )
 
-    def _pictures(self, stage: GeneratorStage) -> Callable[[int], None]:
+    def _pictures(self, stage: GeneratorStage, feed: Prepared) -> Callable[[int], None]:
         def show(done: int) -> None:
+            feed.settle()
             weights = stage.weights()
             if self.world.is_first:
                 path = self.out / "pictures" / f"step-{done:08d}.png"
