@@ -23,6 +23,7 @@ from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.metrics import Metrics, Speed
+from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
@@ -143,6 +144,26 @@ def test_a_rate_of_0_freezes_in_stage_2_too(tmp_path: Path) -> None:
     assert all(p.grad is None for p in stage.model.parameters())
     with pytest.raises(RecipeError, match=r"stage2\.learning_rate: every rate is 0"):
         recipe.changed(["stage2.learning_rate.rest=0"])
+
+
+def test_the_discriminator_follows_the_schedule_and_stops_at_nan(tmp_path: Path) -> None:
+    gan = {"base_channels": 256, "learning_rate": 1e-3}
+    recipe = recipe_of(tmp_path, stage2__gan=0.1, stage2__discriminator=gan)
+    stage = stage_of(recipe, 2)
+    assert stage.companion is not None
+    module, rates = stage.companion.module, []
+    for step in (0, 1, 5):
+        report = stage.step([batch_of(4)], step)
+        rates.append(stage.companion.optimizer.param_groups[0]["lr"] / 1e-3)
+        assert rates[-1] == pytest.approx(report.rate)
+    assert rates == pytest.approx([0.5, 1.0, 0.5])
+    # A gradient that is not finite where every loss and the model's own gradients are.
+    module.get_parameter("out.weight").register_hook(lambda grad: grad * float("nan"))
+    before = [p.detach().clone() for m in (module, stage.model) for p in m.parameters()]
+    with pytest.raises(NonFiniteError, match="loss term discriminator gradient norm is not finite"):
+        stage.step([batch_of(4)], 6)
+    after = [p for m in (module, stage.model) for p in m.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))
 
 
 # -- recipes -----------------------------------------------------------------------------------

@@ -338,24 +338,32 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, world: Worl
 
     Takes sharded and whole parameters together, which torch's own does not.
     """
-    sharded: list[Tensor] = []
-    whole: list[Tensor] = []
-    for parameter in parameters:
-        if parameter.grad is None:
-            continue
-        if isinstance(parameter.grad, DTensor):
-            sharded.append(parameter.grad.to_local())
-        else:
-            whole.append(parameter.grad)
-    square = _square(sharded, world.device)
-    if world.group is not None and sharded:
-        dist.all_reduce(square, group=world.group)
-    norm = (square + _square(whole, world.device)).sqrt()
+    sharded, whole = _gradients(parameters)
+    norm = _norm(sharded, whole, world)
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradients in (sharded, whole):
         for device in {g.device for g in gradients}:
             torch._foreach_mul_([g for g in gradients if g.device == device], scale.to(device))
     return norm
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
+    """The common norm of all gradients, float32."""
+    return _norm(*_gradients(parameters), world)
+
+
+def _gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Those that are sharded, this rank's part of each, and those that are whole."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    sharded = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
+    return sharded, [grad for grad in found if not isinstance(grad, DTensor)]
+
+
+def _norm(sharded: list[Tensor], whole: list[Tensor], world: World) -> Tensor:
+    square = _square(sharded, world.device)
+    if world.group is not None and sharded:
+        dist.all_reduce(square, group=world.group)
+    return (square + _square(whole, world.device)).sqrt()
 
 
 def _square(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -90,6 +90,10 @@ class Companion(Protocol):
     module: nn.Module
     optimizer: Optimizer
 
+    def gradient_norm(self) -> Tensor:
+        """Of its gradients, which are those of the global batch from then on."""
+        ...
+
     def step(self) -> None: ...
 
 
@@ -114,27 +118,32 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        fill_state(self.optimizer)
+        self.optimizers = [self.optimizer]
         if self.companion is not None:
-            fill_state(self.companion.optimizer)
+            self.optimizers.append(self.companion.optimizer)
+        for optimizer in self.optimizers:
+            fill_state(optimizer)
         if self.recipe.ema:
             self.ema = Ema(self.model, self.recipe.ema)
 
     def step(self, batches: Sequence[Batch], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches.
 
-        Raises NonFiniteError, naming the term, before the weights are touched.
+        Raises NonFiniteError, naming the term, before any weight is touched.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
-        set_rates(self.optimizer, rate)
+        for optimizer in self.optimizers:
+            set_rates(optimizer, rate)
         layer = LayerProbe(self.shared_layer) if probe else None
         try:
             found = self.backward(batches, step, layer)
         finally:
             if layer is not None:
                 layer.close()
-        norm = clip_gradients(self.parameters, self.recipe.clip, self.world)
-        terms, gradient_norm, bits, scale = self._look(found, norm, step)
+        norms = {"gradient norm": clip_gradients(self.parameters, self.recipe.clip, self.world)}
+        if self.companion is not None:
+            norms["discriminator gradient norm"] = self.companion.gradient_norm()
+        terms, gradient_norm, bits, scale = self._look(found, norms, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion is not None:
@@ -154,28 +163,30 @@ class Stage:
         )
 
     def _look(
-        self, found: Backward, norm: Tensor, step: int
+        self, found: Backward, norms: dict[str, Tensor], step: int
     ) -> tuple[dict[str, float], float, Bits | None, float | None]:
-        """Terms, gradient norm, bits and exp(logit_scale) as numbers, in one wait for the device."""
+        """Terms, the first of the gradient norms, bits and exp(logit_scale) as numbers, in one wait for the
+        device."""
         names = list(found.terms)
         values = [found.terms[name].float().reshape(1) for name in names]
         if self.model.config.quantizes:
             values.append((found.u > 0).float().mean((0, 1)))
-        same = [norm.reshape(1)]  # on every rank, without a mean
+        same = [norm.reshape(1) for norm in norms.values()]  # on every rank, without a mean
         if "align" in self.weights:
             same.append(self.model.logit_scale.detach().float().exp().reshape(1))
         numbers = torch.cat((*same, self.world.mean(torch.cat(values)))).tolist()
-        (gradient_norm, *scales), numbers = numbers[: len(same)], numbers[len(same) :]
+        same, numbers = numbers[: len(same)], numbers[len(same) :]
+        found_norms, scales = same[: len(norms)], same[len(norms) :]
         terms = dict(zip(names, numbers))
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
         # NaN hides in gradients also where every term is finite.
-        if not wrong and not math.isfinite(gradient_norm):
-            wrong = ["gradient norm"]
+        if not wrong:
+            wrong = [name for name, norm in zip(norms, found_norms) if not math.isfinite(norm)]
         if wrong:
             raise NonFiniteError(wrong, step + 1)
         usage = numbers[len(names) :]
         bits = Bits(tuple(usage)) if usage else None
-        return terms, gradient_norm, bits, scales[0] if scales else None
+        return terms, found_norms[0], bits, scales[0] if scales else None
 
     # -- what is remembered ----------------------------------------------------------------------
 

@@ -25,7 +25,13 @@ from qlip_torch.train.discriminator import (
     r1_is_due,
     r1_penalty,
 )
-from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
+from qlip_torch.train.distributed import (
+    World,
+    average_gradients,
+    gradient_norm,
+    prepare_blocks,
+    spread,
+)
 from qlip_torch.train.optimizers import parameter_groups
 from qlip_torch.train.pictures import Batch, Normalizer
 from qlip_torch.train.precision import Precision, exactly, lifted
@@ -95,7 +101,8 @@ class Stage2Network(nn.Module):
 class Adversary:
     """The discriminator with its own optimizer: it learns from each micro-batch the generator made.
 
-    It is replicated, and its gradients are averaged in one message a step.
+    It is replicated, and its gradients are averaged in one message a step. They are not clipped: `clip` is
+    the model's, and Adam does not depend on their scale. Its learning rate follows the model's schedule.
     """
 
     def __init__(
@@ -109,9 +116,9 @@ class Adversary:
         self.recipe, self.precision, self.world = recipe, precision, world
         module = Discriminator(image_size, recipe.base_channels, recipe.max_channels)
         self.module: nn.Module = module.to(world.device)
+        rate = {"lr": recipe.learning_rate, "base_lr": recipe.learning_rate}
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=recipe.learning_rate,
+            [{"params": list(self.module.parameters()), **rate}],
             betas=stage.betas,
             weight_decay=stage.weight_decay,
             fused=True,
@@ -139,8 +146,13 @@ class Adversary:
         (loss * share).backward()
         return terms
 
-    def step(self) -> None:
+    def gradient_norm(self) -> Tensor:
+        """Average the gradients over ranks; their norm."""
         average_gradients(self.module.parameters(), self.world)
+        return gradient_norm(self.module.parameters(), self.world)
+
+    def step(self) -> None:
+        """After `gradient_norm`."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
