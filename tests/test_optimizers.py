@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from qlip_core.architecture import PARTS
 from qlip_core.config import PRESETS
-from qlip_core.errors import CheckpointError, RecipeError
+from qlip_core.errors import RecipeError
 from qlip_torch.train.ema import Ema
 from qlip_torch.train.optimizers import (
     Lamb,
@@ -143,10 +143,6 @@ def test_wrong_settings_are_refused():
         ("text_projection.weight", "text_encoder"),
         ("visual_projection.weight", "rest"),
         ("logit_scale", "rest"),
-        (
-            "module._orig_mod.vision_decoder.encoder.layers.1._checkpoint_wrapped_module.x",
-            "decoder",
-        ),
     ],
 )
 def test_group_of(name: str, group: str):
@@ -195,11 +191,10 @@ def test_frozen_parameters_are_left_out_and_wrong_names_refused():
 
 
 def test_cosine_warmup_and_set_rates():
-    factors = [cosine_warmup(step, 4, 12, final=0.1) for step in (0, 1, 3, 4, 6, 8, 12, 99)]
-    quarter = 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2
-    np.testing.assert_allclose(factors, [0.25, 0.5, 1, 1, quarter, 0.55, 0.1, 0.1], rtol=1e-12)
+    factors = [cosine_warmup(step, 4, 12) for step in (0, 1, 3, 4, 6, 8, 12, 99)]
+    quarter = (1 + math.sqrt(0.5)) / 2
+    np.testing.assert_allclose(factors, [0.25, 0.5, 1, 1, quarter, 0.5, 0, 0], atol=1e-12)
     assert cosine_warmup(0, 0, 10) == 1.0
-    assert cosine_warmup(10, 0, 10) == pytest.approx(0.0)
     optimizer = Lamb(parameter_groups(Toy(), RATES, 0.05))
     set_rates(optimizer, 0.5)
     set_rates(optimizer, 0.25)
@@ -207,7 +202,7 @@ def test_cosine_warmup_and_set_rates():
     assert by_name["decoder"] == pytest.approx(5e-4)
 
 
-# --- EMA and the finite check --------------------------------------------------------------------
+# --- EMA --------------------------------------------------------------------
 
 
 def test_ema_hand_worked():
@@ -219,28 +214,13 @@ def test_ema_hand_worked():
     assert ema.shadow["weight"].item() == pytest.approx(1.9)
     ema.update(model)  # decay min(0.15, 2/11): 0.15 * 1.9 + 0.85 * 2
     assert ema.shadow["weight"].item() == pytest.approx(1.985)
-    with ema.applied(model):
-        assert model.weight.item() == pytest.approx(1.985)
-    assert model.weight.item() == 2.0
 
 
-def test_ema_is_float32_skips_frozen_weights_and_restores():
-    last = nn.Linear(2, 2)
-    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), last).bfloat16()
+def test_ema_is_float32_and_skips_frozen_weights():
+    model = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)).bfloat16()
     ema = Ema(model, decay=0.999)
     assert sorted(ema.shadow) == ["1.bias", "1.weight"]
     assert ema.shadow["1.weight"].dtype == torch.float32
-    for _ in range(3):
-        last.weight.data.add_(0.5)
-        ema.update(model)
-    other = Ema(model, decay=0.5)
-    other.load_state_dict(copy.deepcopy(ema.state_dict()))
-    assert (other.decay, other.updates) == (0.999, 3)
-    assert torch.equal(other.shadow["1.weight"], ema.shadow["1.weight"])
-    other.copy_to(model)
-    assert torch.equal(last.weight, ema.shadow["1.weight"].bfloat16())
-    with pytest.raises(CheckpointError, match=r"missing \['1\.bias'"):
-        other.load_state_dict({"decay": 0.5, "updates": 0, "shadow": {}})
 
 
 def test_ema_does_not_alias_float32_weights():
@@ -267,7 +247,8 @@ def test_forward_flops_of_b16_by_hand():
     assert flops.text == 2 * text
     # ViT-B/16 at 256 px: 45 GFLOP to within 5 %.
     assert flops.encoder == pytest.approx(45e9, rel=0.05)
-    assert flops.training(PARTS, PARTS) == 3 * flops.total
+    whole = flops.encoder + flops.bottleneck + flops.decoder + flops.text
+    assert flops.training(PARTS, PARTS) == 3 * whole
     behind = ("down", "up", "decoder")
     bottleneck_and_decoder = flops.bottleneck + flops.decoder
     assert (

@@ -43,13 +43,19 @@ from qlip_torch.train.export import export
 from qlip_torch.train.figures import save_curves
 from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.plan import activation_bytes, make_plan
 from qlip_torch.train.precision import Precision
-from qlip_torch.train.recipe import EngineRecipe, Recipe, recipe_names
+from qlip_torch.train.recipe import EngineRecipe, Recipe
+from qlip_torch.train.recipe_file import recipe_names
 from qlip_torch.train.run import Result, train
-from qlip_torch.train.stage import Bits, LayerProbe, StepReport, last_shared_layer
+from qlip_torch.train.stage import (
+    Bits,
+    LayerProbe,
+    NonFiniteError,
+    StepReport,
+    last_shared_layer,
+)
 from qlip_torch.train.stage1 import Stage1Losses, Stage1Network, build_stage1
 
 ALONE = World(0, 1, torch.device("cpu"))

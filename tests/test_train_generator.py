@@ -38,8 +38,9 @@ from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.run import make_conditioner, train_generator
 from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.lock import only_run_in
-from qlip_torch.train.optimizers import NonFiniteError
-from qlip_torch.train.recipe import GENERATOR, Recipe, recipe_names
+from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.recipe_file import GENERATOR, recipe_names
+from qlip_torch.train.stage import NonFiniteError
 
 CPU = World(0, 1, torch.device("cpu"))
 

@@ -23,11 +23,10 @@ from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.metrics import Metrics, Speed
-from qlip_torch.train.optimizers import NonFiniteError
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
-from qlip_torch.train.stage import Stage, StepReport
+from qlip_torch.train.stage import NonFiniteError, Stage, StepReport
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS, build_stage2
 
@@ -65,9 +64,9 @@ def keep(stage: Stage, recipe: Recipe, folder: Path, tokenizer: Path | str) -> N
         "recipe": recipe.to_dict(),
         "config": stage.model.config.to_dict(),
         "tokenizer": str(tokenizer),
-        "numbers": stage.numbers(),
+        "numbers": stage.memory.numbers(),
     }
-    checkpoints.save(1, stage.tensors(), state, {"data": {}})
+    checkpoints.save(1, stage.memory.tensors(), state, {"data": {}})
 
 
 # -- export ------------------------------------------------------------------------------------
@@ -81,12 +80,12 @@ def test_what_is_frozen_beside_a_moving_average_is_exported_as_it_is(tmp_path: P
     keep(stage, recipe, tmp_path / "run" / "stage1", "tokenizer")
     made = open_checkpoint(export(tmp_path / "run", tmp_path / "out"))
     first = init_weights(made.config, 1)
-    assert stage.ema is not None
+    assert stage.memory.ema is not None
     for name, spec in architecture(made.config).items():
         if spec.part == "encoder" and not name.startswith("visual_projection"):
             assert np.array_equal(made.tensor(name), first[name]), name
         else:
-            assert np.array_equal(made.tensor(name), stage.ema.shadow[name].numpy()), name
+            assert np.array_equal(made.tensor(name), stage.memory.ema.shadow[name].numpy()), name
 
 
 def test_a_moved_run_is_exported_with_its_own_tokenizer(
@@ -124,9 +123,11 @@ def test_after_stage_2_a_model_has_the_tokenizer_and_the_licence_of_its_start(
     keep(stage, recipe, folder, "gone/start")
     made = open_checkpoint(export(tmp_path / "run", tmp_path / "out"))
     assert made.tokenizer is not None and made.license == "mit"
-    assert stage.ema is not None
+    assert stage.memory.ema is not None
     for name, spec in architecture(made.config).items():
-        expected = stage.ema.shadow[name].numpy() if spec.part in ("down", "up") else first[name]
+        expected = (
+            stage.memory.ema.shadow[name].numpy() if spec.part in ("down", "up") else first[name]
+        )
         assert np.array_equal(made.tensor(name), expected), name
 
 
@@ -231,7 +232,8 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1, background=False, world=ALONE)
     for left in (".step-00000001.part", ".step-00000001.old"):
         (tmp_path / left).mkdir()
-    state = dict.fromkeys(("stage", "recipe", "config", "tokenizer", "numbers"))
+    keys = ("stage", "recipe", "config", "tokenizer", "numbers")
+    state: dict[str, Any] = dict.fromkeys(keys)
     checkpoints.save(2, {"a": torch.ones(2)}, state, {"data": {}})
     assert {path.name for path in tmp_path.iterdir()} == {"latest", "step-00000002"}
 

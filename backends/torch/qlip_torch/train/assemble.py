@@ -30,9 +30,8 @@ from qlip_torch.train.data import DataConfig, Loader, Source, make_loader
 from qlip_torch.train.distributed import World
 from qlip_torch.train.initialise import initialise
 from qlip_torch.train.recipe import LogRecipe, Recipe, StageRecipe
+from qlip_torch.train.run_folder import stage1_model
 from qlip_torch.train.sources import is_emoji, open_training_source
-
-STAGE_MODEL = "model"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def tokenizer_folder(recipe: Recipe, folder: Path) -> Path:
 def first_start(recipe: Recipe, folder: Path) -> Start:
     """Stage 1's beginning: the recipe's model, random or from `start`."""
     if recipe.start.checkpoint:
-        found = open_checkpoint(stage1_result(recipe.start.checkpoint))
+        found = open_checkpoint(stage1_model(recipe.start.checkpoint))
         start = start_from(found, recipe.start.checkpoint)
         if other := _difference(recipe.model.config(), start.config):
             note = f"the sizes are the checkpoint's, not the recipe's [model]: {other}"
@@ -153,15 +152,6 @@ def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
             f"knows CLIP's alone, {CLIP_MEAN} and {CLIP_STD}"
         )
     return checkpoint.tokenizer
-
-
-def stage1_result(path: str | Path) -> Path:
-    """The model folder behind a stage-1 run folder, a stage's folder or a checkpoint."""
-    path = Path(path)
-    for inner in (path / "stage1" / STAGE_MODEL, path / STAGE_MODEL):
-        if (inner / "config.json").is_file():
-            return inner
-    return path
 
 
 def check_sources(data: DataConfig, image_size: int, held_out: str) -> None:

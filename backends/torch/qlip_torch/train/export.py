@@ -24,13 +24,9 @@ from qlip_torch.train.checkpoints import (
     read_state,
     tensor_sizes,
 )
-from qlip_torch.train.recipe import GENERATOR
+from qlip_torch.train.recipe_file import GENERATOR
+from qlip_torch.train.run_folder import RECIPE, TOKENIZER, stage_folders
 from qlip_torch.train.strict import to_toml
-
-RECIPE = "recipe.toml"
-"""Beside an exported model: what it was trained by."""
-TOKENIZER = "tokenizer"
-"""In a run's folder: the vocabulary that it has trained, if it did."""
 
 
 def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
@@ -41,7 +37,7 @@ def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -
     run has no checkpoint yet.
     """
     run = Path(run_folder)
-    for folder in (run / "stage2", run / "stage1", run):
+    for folder in stage_folders(run):
         if (path := latest_checkpoint(folder / "checkpoints")) is not None:
             kind = export_generator if read_state(path)["stage"] == GENERATOR else export_stage
             return kind(folder, Path(out), dtype=dtype)
@@ -78,7 +74,7 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
         dtype=dtype,
         tokenizer_from=tokenizer,
         card="\n".join(lines) + "\n",
-        beside={RECIPE: to_toml(recipe)},
+        beside={RECIPE: to_toml(recipe)},  # what it was trained by
     )
 
 

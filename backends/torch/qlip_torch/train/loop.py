@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from qlip_core.errors import QlipError
 from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.distributed import StopRequest, World
-from qlip_torch.train.metrics import Metrics
+from qlip_torch.train.memory import Memory
+from qlip_torch.train.metrics import Metrics, Speed
+from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import CheckpointRecipe, StepsRecipe
 from qlip_torch.train.stage import StepReport
 
@@ -41,10 +41,12 @@ class Trained(Protocol):
     def recipe(self) -> StepsRecipe: ...
     @property
     def world(self) -> World: ...
+    @property
+    def precision(self) -> Precision: ...
+    @property
+    def memory(self) -> Memory: ...
 
     def step(self, batches: Any, step: int, *, probe: bool = False) -> StepReport: ...
-    def tensors(self) -> dict[str, Tensor]: ...
-    def numbers(self) -> dict[str, Any]: ...
 
 
 class Feed(Protocol):
@@ -74,6 +76,45 @@ class Parts:
     """On the first rank."""
     show: Callable[[int], float | None]
     """Pictures after so many steps, and on the first rank their PSNR if they have one; every rank calls it."""
+
+
+def resumed(
+    folder: Path, settings: CheckpointRecipe, stage: Trained
+) -> tuple[Checkpoints, int, list[dict[str, Any]]]:
+    """The checkpoints in a stage's folder, the steps that the newest one has done, which is read into `stage`, and
+    where each rank's data stood then; 0 and [] where there is none."""
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=settings.keep,
+        background=settings.background,
+        world=stage.world,
+    )
+    latest = checkpoints.latest()
+    if latest is None:
+        return checkpoints, 0, []
+    found = checkpoints.load(latest, stage.memory.tensors())
+    stage.memory.restore_numbers(found.state["numbers"])
+    return checkpoints, found.state["step"], [rank["data"] for rank in found.ranks]
+
+
+def metrics_of(
+    stage: Trained, folder: Path, every: int, *, start: int, code_dim: int, flops: float
+) -> Metrics | None:
+    """The record of a stage from step `start` on, `flops` being those of an image; the first rank's alone."""
+    world = stage.world
+    if not world.is_first:
+        return None
+    return Metrics(
+        folder,
+        every,
+        stage=stage.number,
+        steps=stage.recipe.steps,
+        start=start,
+        batch=stage.recipe.batch,
+        code_dim=code_dim,
+        speed=Speed.measure(flops, world.device, stage.precision.dtype, world.size),
+        device=world.device,
+    )
 
 
 def train_stage(parts: Parts, start: int, until: int) -> None:
@@ -119,6 +160,7 @@ def save(parts: Parts, done: int) -> None:
         "recipe": parts.recipe.to_dict(),
         "config": parts.config.to_dict(),
         "tokenizer": str(parts.tokenizer_folder.absolute()),
-        "numbers": stage.numbers(),
+        "numbers": stage.memory.numbers(),
     }
-    parts.checkpoints.save(done, stage.tensors(), state, {"data": parts.loader.state_dict()})
+    own = {"data": parts.loader.state_dict()}
+    parts.checkpoints.save(done, stage.memory.tensors(), state, own)

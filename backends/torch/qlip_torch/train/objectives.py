@@ -21,8 +21,11 @@ from torch.utils.checkpoint import checkpoint
 from qlip_core.errors import ConfigError, QlipError
 from qlip_torch.train.collectives import gather_rows, mean_over_ranks
 
-# Half-group joints of one chunk of tokens; backward holds about six times this.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES, ENTROPY_BYTES = 16 * 2**20, 100 * 2**20
+"""Half-group joints of one chunk of tokens, and about what `bsq_entropy` uses in all: backward holds six times
+as much."""
+CHUNK_ROWS = 2048
+"""Rows whose logits `info_nce` makes at a time."""
 
 
 def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -245,7 +248,7 @@ def info_nce(
     logit_scale: Tensor,
     group: dist.ProcessGroup | None = None,
     *,
-    chunk_rows: int = 2048,
+    chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
     """Symmetric InfoNCE over the global batch, this rank's rows of it.
 

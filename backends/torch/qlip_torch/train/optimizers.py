@@ -1,4 +1,4 @@
-"""LAMB, parameter groups, the schedule, and the finite check.
+"""LAMB, what optimizers remember, parameter groups, and the schedule.
 
 LAMB (arXiv 1904.00962, algorithm 2) keeps its state in float32 and works on sharded parameters
 (DTensor, as FSDP2 makes them): the update is local, its norms are global.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -20,21 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from qlip_core.errors import QlipError, RecipeError
-
-
-class NonFiniteError(QlipError):
-    """A loss term that became NaN or infinite; `terms` names every one that did. `step` counts from 1, as in
-    metrics.jsonl."""
-
-    def __init__(self, terms: Sequence[str], step: int | None) -> None:
-        at = "" if step is None else f" at step {step}"
-        super().__init__(
-            f"loss term {', '.join(terms)} is not finite{at}: begin again with a lower learning "
-            "rate or a lower gradient clip. Checkpoints written before are kept: `qlip train export RUN` "
-            "makes a model of the newest, which --set start.checkpoint=MODEL goes on from"
-        )
-        self.terms = tuple(terms)
+from qlip_core.errors import RecipeError
 
 
 class Lamb(Optimizer):
@@ -68,6 +54,7 @@ class Lamb(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        fill_state(self)
         matrices: list[tuple[Tensor, Tensor, float]] = []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -77,7 +64,7 @@ class Lamb(Optimizer):
             plain = [i for i, p in enumerate(params) if p.ndim < 2]
             if plain:
                 _descend(
-                    [_local(params[i]) for i in plain], [directions[i] for i in plain], group["lr"]
+                    [local(params[i]) for i in plain], [directions[i] for i in plain], group["lr"]
                 )
             for p, direction in zip(params, directions):
                 if p.ndim >= 2:
@@ -86,7 +73,7 @@ class Lamb(Optimizer):
             if decayed:
                 torch._foreach_add_(
                     [directions[i] for i in decayed],
-                    [_local(params[i]).float() for i in decayed],
+                    [local(params[i]).float() for i in decayed],
                     alpha=group["weight_decay"],
                 )
         self._step_matrices(matrices)
@@ -106,17 +93,10 @@ class Lamb(Optimizer):
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """`m_hat / (sqrt(v_hat) + eps)` of each parameter's local part, float32, newly allocated."""
         beta1, beta2 = group["betas"]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                # On the host, as in torch's Adam: read without a sync, saved like a tensor.
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
         states = [self.state[p] for p in params]
-        grads = [_local(_grad(p)).float() for p in params]
-        average = [_local(state["exp_avg"]) for state in states]
-        square = [_local(state["exp_avg_sq"]) for state in states]
+        grads = [local(p.grad).float() for p in params if p.grad is not None]
+        average = [local(state["exp_avg"]) for state in states]
+        square = [local(state["exp_avg_sq"]) for state in states]
         for state in states:
             state["step"] += 1
         steps = [state["step"].item() for state in states]
@@ -138,7 +118,7 @@ class Lamb(Optimizer):
         for p, direction, lr in matrices:
             by_layout[_layout(p), p.device].append((p, direction, lr))
         for (layout, _), members in by_layout.items():
-            weights = [_local(p) for p, _, _ in members]
+            weights = [local(p) for p, _, _ in members]
             directions = [direction for _, direction, _ in members]
             norms = torch.stack(
                 torch._foreach_norm([w.float() for w in weights]) + torch._foreach_norm(directions)
@@ -154,6 +134,20 @@ class Lamb(Optimizer):
                 _descend([weights[i] for i in chosen], [directions[i] for i in chosen], lr)
 
 
+def fill_state(optimizer: Optimizer) -> None:
+    """The state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state[p]
+            if not state:
+                # torch's fused kernels count on the device, all others on the host, where the count is read
+                # without a sync.
+                where = p.device if group.get("fused") else None
+                state["step"] = torch.tensor(0.0, device=where)
+                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
+
+
 def _descend(weights: list[Tensor], directions: list[Tensor], lr: float) -> None:
     torch._foreach_mul_(directions, -lr)
     if all(w.dtype == d.dtype for w, d in zip(weights, directions)):
@@ -163,14 +157,7 @@ def _descend(weights: list[Tensor], directions: list[Tensor], lr: float) -> None
             w.copy_(w.float() + d)
 
 
-def _grad(p: Tensor) -> Tensor:
-    assert p.grad is not None
-    if p.grad.is_sparse:
-        raise QlipError("LAMB takes dense gradients only; make the embedding with sparse=False")
-    return p.grad
-
-
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, sharing memory with it; the tensor itself otherwise."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -193,13 +180,10 @@ def _global_norms(norms: Tensor, mesh: Any, dimensions: tuple[int, ...]) -> Tens
 # --- parameter groups ----------------------------------------------------------------------------
 
 GROUPS = ("rest", "visual_encoder", "text_encoder", "decoder")
-WRAPPERS = ("module.", "_orig_mod.", "_checkpoint_wrapped_module.")
 
 
 def group_of(name: str) -> str:
-    """Which of `GROUPS` a parameter of SPEC section 2's names belongs to, engines' prefixes aside."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
+    """Which of `GROUPS` a parameter of SPEC section 2's names belongs to."""
     if name.startswith(("text_model.", "text_projection")):
         return "text_encoder"
     if name.startswith("vision_decoder."):
@@ -240,16 +224,16 @@ def parameter_groups(
     return [groups[key] for key in sorted(groups)]
 
 
-def cosine_warmup(step: int, warmup: int, total: int, final: float = 0.0) -> float:
-    """Factor on the learning rate at a step counted from 0: linear up to 1, then cosine to `final`.
+def cosine_warmup(step: int, warmup: int, total: int) -> float:
+    """Factor on the learning rate at a step counted from 0: linear up to 1, then cosine to 0.
 
-    `(step + 1) / warmup` before warmup, then `final + (1 - final) (1 + cos(pi x)) / 2` with
-    `x = (step - warmup) / (total - warmup)`, held at `final` from `total` on.
+    `(step + 1) / warmup` before warmup, then `(1 + cos(pi x)) / 2` with
+    `x = (step - warmup) / (total - warmup)`, held at 0 from `total` on.
     """
     if step < warmup:
         return (step + 1) / warmup
     progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def set_rates(optimizer: Optimizer, factor: float) -> None:

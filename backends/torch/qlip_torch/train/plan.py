@@ -20,7 +20,9 @@ from qlip_core.config import QLIPConfig
 from qlip_core.errors import RecipeError
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import Lpips
+from qlip_torch.train import objectives
 from qlip_torch.train.discriminator import Discriminator
+from qlip_torch.train.distributed import World
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import (
     EngineRecipe,
@@ -33,14 +35,11 @@ from qlip_torch.train.recipe import (
 from qlip_torch.train.stage1 import Stage1Network, freeze
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import Stage2Network
-from qlip_torch.train.throughput import forward_flops, size_text
+from qlip_torch.train.throughput import forward_flops, matmul_rate, size_text
 
 # What a compiled block keeps of what a plain one does: it computes pointwise operations anew. Measured at B-16
 # on an H100 (docs/performance.md), where the plain figure agreed with this file's to 1 %.
 _COMPILED = 0.6
-# The objectives' own workspace: chunks of half-group joints and of logits (qlip_torch.train.objectives).
-_LOGIT_ROWS = 2048
-_ENTROPY_BYTES = 100 * 2**20
 
 
 @dataclass(frozen=True)
@@ -115,6 +114,26 @@ def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, lis
     ]
 
 
+def planned_on(
+    meant_for: int, engine: EngineRecipe, steps: StepsRecipe, world: World, *, dry: bool
+) -> tuple[int, list[str], float] | None:
+    """How many devices a plan is made for, what to say of that, and the rate of matrix products on each; None
+    but on the first rank. Raises RecipeError, on every rank, where the batch does not divide over them."""
+    steps.micro_batches(world.size)
+    if not world.is_first:
+        return None
+    devices, told = planned_for(meant_for, steps, world.size) if dry else (world.size, [])
+    return devices, told, matmul_rate(world.device, Precision.of(engine, world.device).dtype)
+
+
+def state_bytes(engine: EngineRecipe, present: int, trained: int, ema: float, devices: int) -> int:
+    """Float32 weights, and of the trained ones gradient, two moments and perhaps the average."""
+    total = 4 * (present + trained * (4 if ema else 3))
+    if engine.parallel == "fsdp":
+        total //= devices
+    return 0 if engine.cpu_offload else total
+
+
 @dataclass(frozen=True)
 class Plan(Cost):
     """The cost of a stage."""
@@ -166,16 +185,16 @@ def make_plan(
     half = Precision.of(recipe.engine, device).half
     extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
     discriminator = sum(_count(module) for module in extra if isinstance(module, Discriminator))
-    state = _state_bytes(recipe, sum(present.values()), trained, bool(settings.ema), devices)
+    state = state_bytes(recipe.engine, sum(present.values()), trained, settings.ema, devices)
     state += 16 * discriminator
     state += sum(4 * _count(module) for module in extra if isinstance(module, Lpips))
     image = activation_bytes(config, settings, half=half, engine=recipe.engine)
     if recipe.engine.compile and not recipe.engine.activation_checkpointing:
         image = int(image * _COMPILED)
     rows, patches = settings.batch // devices, config.num_patches
-    losses = 3 * 4 * rows * patches * config.code_dim + _ENTROPY_BYTES
+    losses = 3 * 4 * rows * patches * config.code_dim + objectives.ENTROPY_BYTES
     if stage == 1:
-        losses += 3 * 4 * min(rows, _LOGIT_ROWS) * settings.batch
+        losses += 3 * 4 * min(rows, objectives.CHUNK_ROWS) * settings.batch
     return Plan(
         stage=stage,
         parameters=present,
@@ -202,16 +221,6 @@ def parts_of(settings: StageRecipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not isinstance(settings, Stage1Recipe):
         return settings.trained, STAGE2_PARTS
     return settings.trained, tuple(p for p in PARTS if p == "down" or p not in settings.idle)
-
-
-def _state_bytes(recipe: Recipe, present: int, trained: int, ema: bool, devices: int) -> int:
-    """Float32 weights, and of the trained ones gradient, two moments and perhaps the average."""
-    total = 4 * (present + trained * (4 if ema else 3))
-    if recipe.engine.parallel == "fsdp":
-        total //= devices
-    if recipe.engine.cpu_offload:
-        total = 0
-    return total
 
 
 def _extra_networks(config: QLIPConfig, stage: Stage2Recipe) -> list[nn.Module]:
@@ -288,34 +297,30 @@ def activation_bytes(
 ) -> int:
     """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
     with FakeTensorMode():
-        return _one_image(config, settings, half, engine)
-
-
-def _one_image(config: QLIPConfig, settings: StageRecipe, half: bool, engine: EngineRecipe) -> int:
-    first = isinstance(settings, Stage1Recipe)
-    extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
-    model = QLIP(config, PARTS if first else STAGE2_PARTS)
-    if first:
-        freeze(model, settings)
-    precision = Precision(half, torch.device("cpu"))
-    kept = []
-    for count in (1, 2):
-        found = Kept()
-        pixels = torch.zeros(count, 3, config.image_size, config.image_size)
-        with found.watching(model.blocks()):
-            if first:
-                ids = torch.zeros(
-                    count, config.text_config.max_position_embeddings, dtype=torch.int64
-                )
-                network = Stage1Network(model, precision, aligns=settings.align > 0)
-                outputs = network(pixels, ids, settings.decodes)
-            else:
-                network = Stage2Network(model, precision)
-                outputs = network(*network.encode(pixels), True)
-                made = outputs.pixels_hat.float()
-                for module in extra:
-                    with precision.autocast():
-                        module(made, pixels) if isinstance(module, Lpips) else module(made)
-        kept.append(found.total(engine.activation_checkpointing))
-        del outputs
+        first = isinstance(settings, Stage1Recipe)
+        extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
+        model = QLIP(config, PARTS if first else STAGE2_PARTS)
+        if first:
+            freeze(model, settings)
+        precision = Precision(half, torch.device("cpu"))
+        kept = []
+        for count in (1, 2):
+            found = Kept()
+            pixels = torch.zeros(count, 3, config.image_size, config.image_size)
+            with found.watching(model.blocks()):
+                if first:
+                    ids = torch.zeros(
+                        count, config.text_config.max_position_embeddings, dtype=torch.int64
+                    )
+                    network = Stage1Network(model, precision, aligns=settings.align > 0)
+                    outputs = network(pixels, ids, settings.decodes)
+                else:
+                    network = Stage2Network(model, precision)
+                    outputs = network(*network.encode(pixels), True)
+                    made = outputs.pixels_hat.float()
+                    for module in extra:
+                        with precision.autocast():
+                            module(made, pixels) if isinstance(module, Lpips) else module(made)
+            kept.append(found.total(engine.activation_checkpointing))
+            del outputs
     return kept[1] - kept[0]

@@ -7,21 +7,16 @@ says what it should be. `--set a.b=c` changes one value. SPEC section 3 has the 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal
 
-import qlip_core
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import ConfigError, RecipeError
 from qlip_torch.train.data import DataConfig
-from qlip_torch.train.strict import at_least, build, load_toml, plain, to_toml, toml_value
-
-TOKENIZER, GENERATOR = "tokenizer", "generator"
-_COMMANDS = {TOKENIZER: "qlip train", GENERATOR: "qlip train generator"}
-R = TypeVar("R", bound="RecipeFile")
+from qlip_torch.train.recipe_file import TOKENIZER, RecipeFile, find_recipe
+from qlip_torch.train.strict import at_least
 
 # -- the model ---------------------------------------------------------------------------------
 
@@ -414,61 +409,6 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
-class RecipeFile:
-    """A whole run as a TOML file: reading, changing, writing. `KIND` says what is trained."""
-
-    KIND: ClassVar[str]
-
-    @classmethod
-    def from_dict(cls: type[R], values: Mapping[str, Any], named: str = "RECIPE") -> R:
-        """Raises RecipeError for an unknown key (naming the nearest), an impossible value, or a recipe
-        of another kind; `named` is how the right command names it."""
-        kind = values.get("kind", TOKENIZER)
-        if kind != cls.KIND and kind in _COMMANDS:
-            raise RecipeError(
-                f"this is the recipe of a {kind}, not of a {cls.KIND}: run it as "
-                f"`{_COMMANDS[kind]} {named}`"
-            )
-        return build(cls, values)
-
-    @classmethod
-    def from_file(cls: type[R], path: str | Path, named: str = "RECIPE") -> R:
-        path = Path(path)
-        try:
-            values = load_toml(path)
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"{path}: not a readable TOML file ({error})") from None
-        try:
-            return cls.from_dict(values, named)
-        except RecipeError as error:
-            raise RecipeError(f"{path}: {error}") from None
-
-    def changed(self: R, changes: Iterable[str]) -> R:
-        """A copy with "a.b=value" applied, the value in TOML or, where it is a word, as it stands."""
-        values = self.to_dict()
-        for change in changes:
-            key, equals, text = change.partition("=")
-            if not equals or not key.strip():
-                raise RecipeError(f"{change!r}: expected key=value, such as stage1.steps=100")
-            table, *rest = key.strip().split(".")
-            at = values
-            for part in rest:
-                at = at.setdefault(table, {})
-                if not isinstance(at, dict):
-                    raise RecipeError(f"{key.strip()}: {table} is a value, not a table")
-                table = part
-            at[table] = toml_value(text.strip())
-        return self.from_dict(values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, defaults included; what is None is left out (TOML has no such value)."""
-        return plain(self)
-
-    def to_toml(self) -> str:
-        return to_toml(self.to_dict())
-
-
-@dataclass(frozen=True)
 class Recipe(RecipeFile):
     """A whole run of the tokenizer's training."""
 
@@ -496,32 +436,3 @@ class Recipe(RecipeFile):
     def load(cls, name: str | Path = "emoji", changes: Iterable[str] = ()) -> Recipe:
         """A shipped recipe by its name or any by its path, with `changes` ("a.b=c") applied."""
         return cls.from_file(find_recipe(name)).changed(changes)
-
-
-# -- finding and reading -----------------------------------------------------------------------
-
-
-def recipe_folders() -> list[Path]:
-    """Where the shipped recipes are: inside the package, or beside it in a source tree."""
-    package = Path(qlip_core.__file__).parent
-    return [package / "recipes", package.parent / "recipes"]
-
-
-def recipe_names(kind: str = TOKENIZER) -> list[str]:
-    """Names of the shipped recipes of a kind, "tokenizer" or "generator"."""
-    paths = (path for folder in recipe_folders() for path in folder.glob("*.toml"))
-    return sorted({path.stem for path in paths if load_toml(path).get("kind", TOKENIZER) == kind})
-
-
-def find_recipe(name: str | Path, kind: str = TOKENIZER) -> Path:
-    """The file of a shipped recipe's name, or of a path. Raises RecipeError, listing what there is."""
-    if Path(name).is_file():
-        return Path(name)
-    for folder in recipe_folders():
-        path = folder / f"{name}.toml"
-        if path.is_file():
-            return path
-    names = recipe_names(kind)
-    near = difflib.get_close_matches(str(name), names, n=1)
-    hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise RecipeError(f"no recipe {str(name)!r}: a path, or one of {', '.join(names)}{hint}")

@@ -10,7 +10,6 @@ OUT/report.md            what came out
 from __future__ import annotations
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -28,13 +27,11 @@ from qlip_core.files import write_text
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import build_perceptual
 from qlip_torch.train.assemble import (
-    STAGE_MODEL,
     Start,
     check_sources,
     check_start,
     first_start,
     fixed_pixels,
-    stage1_result,
     stage_loader,
     start_from,
     write_tokenizer,
@@ -42,28 +39,33 @@ from qlip_torch.train.assemble import (
 from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.data import merge_states
 from qlip_torch.train.distributed import StopRequest, World, joined
-from qlip_torch.train.export import TOKENIZER, export_stage
+from qlip_torch.train.export import export_stage
 from qlip_torch.train.figures import save_comparison, save_curves
 from qlip_torch.train.lock import only_run_in
-from qlip_torch.train.loop import Parts, train_stage
-from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.plan import Plan, make_plan, parts_of, planned_for
-from qlip_torch.train.precision import Precision
-from qlip_torch.train.recipe import Recipe, RecipeFile
+from qlip_torch.train.loop import Parts, metrics_of, resumed, train_stage
+from qlip_torch.train.metrics import read_metrics
+from qlip_torch.train.plan import Plan, make_plan, parts_of, planned_on
+from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.report import write_report
+from qlip_torch.train.run_folder import (
+    MODEL,
+    RECIPE,
+    TOKENIZER,
+    begun,
+    check_begun,
+    kept_recipe,
+    stage1_model,
+    to_stderr,
+)
 from qlip_torch.train.sources import is_emoji
 from qlip_torch.train.stage import Stage
 from qlip_torch.train.stage1 import build_stage1
 from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
-from qlip_torch.train.throughput import forward_flops, matmul_rate
+from qlip_torch.train.throughput import forward_flops
 from qlip_torch.train.validation import validate_emoji, validate_on
 
-RECIPE, STAGES = "recipe.toml", "stages.txt"
-# What may change between a run and its continuation: nothing that the losses depend on, but for the
-# rounding of another precision or engine.
-_MAY_CHANGE = {"name", "description", "devices", "log", "checkpoints", "engine"}
-_MAY_CHANGE_IN_DATA = {"workers", "prefetch"}
+STAGES = "stages.txt"
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,6 @@ class Result:
     plans: list[Plan]
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def train(
     recipe: Recipe | None,
     *,
@@ -89,7 +87,7 @@ def train(
     resume: bool = False,
     steps: int | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = to_stderr,
 ) -> Result:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
@@ -149,22 +147,18 @@ def _settled(
 ) -> Recipe:
     if stage not in ("1", "2", "all"):
         raise RecipeError(f'stage {stage!r}: expected "1", "2" or "all"')
-    kept = out / RECIPE
-    if recipe is None:
-        if not kept.is_file():
-            raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
-        recipe = Recipe.from_file(kept, f"--resume --out {out}")
+    recipe = recipe or kept_recipe(Recipe, out)
     if steps is not None:
         changes = [
             f"stage{number}.steps={steps}" for number in (1, 2) if stage in (str(number), "all")
         ]
         recipe = recipe.changed(changes)
-    if stage != "1" and not (out / "stage2" / STAGE_MODEL / "config.json").is_file():
+    if stage != "1" and not (out / "stage2" / MODEL / "config.json").is_file():
         recipe.stage2.check_weights()
         # Read once before stage 1, not only after it. A dry run tells its plans first, then builds all.
         if recipe.stage2.start and not dry_run and not begun(out / "stage2"):
             try:
-                found = open_checkpoint(stage1_result(recipe.stage2.start))
+                found = open_checkpoint(stage1_model(recipe.stage2.start))
             except CheckpointError as error:
                 raise RecipeError(f"stage2.start: {error}") from None
             check_start(found, f"stage2.start: {recipe.stage2.start}")
@@ -182,54 +176,6 @@ def _begun_with(out: Path) -> str:
     """The stage or stages that the run in `out` was asked for."""
     kept = out / STAGES
     return kept.read_text(encoding="utf-8").strip() if kept.is_file() else "all"
-
-
-def begun(out: Path) -> bool:
-    """Whether the run in `out` has made anything: a checkpoint, or a line of metrics. One that stopped before,
-    over its data say, may be begun anew."""
-    folders = (out, *out.glob("stage[12]"))
-    return any(
-        any((folder / "checkpoints").glob("step-*")) or bool(read_metrics(folder))
-        for folder in folders
-    )
-
-
-def check_begun(out: Path, recipe: RecipeFile, resume: bool) -> None:
-    """Raises RecipeError where `out` holds a run that this one does not go on with."""
-    kept = out / RECIPE
-    if kept.is_file() and (resume or begun(out)):
-        check_same_run(out, type(recipe).from_file(kept), recipe, resume)
-
-
-def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) -> None:
-    """Raises RecipeError where `out`, begun with `old`, cannot go on with `new`. Until stage 2 has begun, all of
-    `stage2` may change."""
-    if not resume:
-        raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
-    before, now = old.to_dict(), new.to_dict()
-    if not begun(out / "stage2"):
-        before, now = before | {"stage2": {}}, now | {"stage2": {}}
-    if changed := difference(before, now):
-        raise RecipeError(
-            f"{out}: was begun with another recipe ({changed}); resume it with its own, "
-            "or start anew elsewhere (the recipe's `start` continues from weights alone)"
-        )
-
-
-def difference(old: dict[str, Any], new: dict[str, Any], where: str = "") -> str:
-    """The first value that decides the losses and is not the same in two recipes; empty if none."""
-    for key in sorted(old.keys() | new.keys()):
-        if (where == "" and key in _MAY_CHANGE) or (
-            where in ("data.", "data.images.") and key in _MAY_CHANGE_IN_DATA
-        ):
-            continue
-        ours, theirs = old.get(key), new.get(key)
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            if inner := difference(ours, theirs, f"{where}{key}."):
-                return inner
-        elif ours != theirs:
-            return f"{where}{key} was {ours!r}, now {theirs!r}"
-    return ""
 
 
 def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
@@ -269,28 +215,16 @@ class _Run:
     def stage(self, number: int) -> Path:
         """Run a stage to its end, from its newest checkpoint if there is one; its exported model."""
         folder = self.out / f"stage{number}"
-        model = folder / STAGE_MODEL
+        model = folder / MODEL
         if (model / "config.json").is_file():
             return model
         self._check_sources()
         start = self._planned(number, lambda: self._start(number, folder))
         stage = self._build(number, start)
-        checkpoints = Checkpoints(
-            folder / "checkpoints",
-            keep=self.recipe.checkpoints.keep,
-            background=self.recipe.checkpoints.background,
-            world=self.world,
-        )
-        done, data = 0, None
-        if (latest := checkpoints.latest()) is not None:
-            resumed = checkpoints.load(latest, stage.tensors())
-            stage.restore_numbers(resumed.state["numbers"])
-            done = resumed.state["step"]
-            data = merge_states([rank["data"] for rank in resumed.ranks])
-        until = stage.recipe.steps
-        if done < until:
-            self._train(stage, start, folder, checkpoints, done, until, data)
-        checkpoints.close()
+        checkpoints, done, places = resumed(folder, self.recipe.checkpoints, stage)
+        if done < stage.recipe.steps:
+            data = merge_states(places) if places else None
+            self._train(stage, start, folder, checkpoints, done, data)
         if self.world.is_first:
             save_curves(folder / "curves.png", read_metrics(folder))
             export_stage(folder, model)
@@ -312,7 +246,7 @@ class _Run:
 
     def _dry_start(self, number: int) -> Start:
         if number == 2 and (origin := self.recipe.stage2.start):
-            return start_from(open_checkpoint(stage1_result(origin)), origin)
+            return start_from(open_checkpoint(stage1_model(origin)), origin)
         return first_start(self.recipe, self.out / TOKENIZER)
 
     def report(self, models: dict[int, Path]) -> Path | None:
@@ -360,16 +294,12 @@ class _Run:
 
     def _plan(self, number: int, config: QLIPConfig) -> None:
         settings = self.recipe.stage1 if number == 1 else self.recipe.stage2
-        # Every rank: a recipe that does not divide over them is an error on each.
-        settings.micro_batches(self.world.size)
-        if not self.world.is_first:
+        recipe, world = self.recipe, self.world
+        found = planned_on(recipe.devices, recipe.engine, settings, world, dry=self._dry)
+        if found is None:
             return
-        devices, told = self.world.size, []
-        if self._dry:
-            devices, told = planned_for(self.recipe.devices, settings, devices)
-        device = self.world.device
-        rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
-        plan = make_plan(self.recipe, config, number, device, devices, rate)
+        devices, told, rate = found
+        plan = make_plan(recipe, config, number, world.device, devices, rate)
         self.plans.append(plan)
         self.say(*plan.lines(), *told)
 
@@ -380,11 +310,17 @@ class _Run:
         folder: Path,
         checkpoints: Checkpoints,
         done: int,
-        until: int,
         data: dict[str, Any] | None,
     ) -> None:
         show = self._pictures(stage, start, folder)
-        metrics = self._metrics(stage, start.config, folder, done) if self.world.is_first else None
+        metrics = metrics_of(
+            stage,
+            folder,
+            self.recipe.log.metrics,
+            start=done,
+            code_dim=start.config.code_dim,
+            flops=forward_flops(start.config).training(*parts_of(stage.recipe)),
+        )
         try:
             with stage_loader(self.recipe, stage.recipe, start, self.world, data) as loader:
                 parts = Parts(
@@ -401,7 +337,7 @@ class _Run:
                     metrics=metrics,
                     show=show,
                 )
-                train_stage(parts, done, until)
+                train_stage(parts, done, stage.recipe.steps)
         finally:
             checkpoints.close()
             if metrics is not None:
@@ -413,8 +349,8 @@ class _Run:
         kept = folder / "start"
         if self.world.is_first and not (kept / "config.json").is_file():
             origin = self.recipe.stage2.start or str(self.out)
-            found = stage1_result(origin)
-            if not self.recipe.stage2.start and not (found / "config.json").is_file():
+            found = stage1_model(origin)
+            if not self.recipe.stage2.start and not (Path(found) / "config.json").is_file():
                 raise RecipeError(
                     f"{self.out}: has no finished stage 1 to go on from: run --stage 1 first, or name one "
                     "with --set stage2.start=RUN"
@@ -442,21 +378,6 @@ class _Run:
         if number == 1:
             return build_stage1(model, recipe.stage1, recipe.engine, world)
         return build_stage2(model, recipe.stage2, recipe.engine, world, recipe.seed)
-
-    def _metrics(self, stage: Stage, config: QLIPConfig, folder: Path, done: int) -> Metrics:
-        flops = forward_flops(config).training(*parts_of(stage.recipe))
-        speed = Speed.measure(flops, self.world.device, stage.precision.dtype, self.world.size)
-        return Metrics(
-            folder,
-            self.recipe.log.metrics,
-            stage=stage.number,
-            steps=stage.recipe.steps,
-            start=done,
-            batch=stage.recipe.batch,
-            code_dim=config.code_dim,
-            speed=speed,
-            device=self.world.device,
-        )
 
     def _pictures(self, stage: Stage, start: Start, folder: Path) -> Callable[[int], float | None]:
         pixels = fixed_pixels(self.recipe.data, start, self.recipe.log)

@@ -1,4 +1,4 @@
-"""One step of training, the same for both stages, and everything that a stage remembers between steps.
+"""One step of training, the same for both stages.
 
 A step: backward over the micro-batches, one look at all terms (the only wait for the device), then
 the optimizer. A term that is not finite stops the run before it reaches the weights.
@@ -9,23 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qlip_core.errors import QlipError
 from qlip_torch.model import MLP, QLIP, Block, SwiGLU
 from qlip_torch.train.accumulate import Terms
 from qlip_torch.train.distributed import World, clip_gradients
-from qlip_torch.train.ema import Ema
-from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, learning_rates, set_rates
+from qlip_torch.train.memory import Memory
+from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import StageRecipe
 
 # A bit that is nearly always the same carries nothing.
 DEAD = 0.01
+
+
+class NonFiniteError(QlipError):
+    """A loss term, or a gradient's norm, that became NaN or infinite; `terms` names every one that did. `step`
+    counts from 1, as in metrics.jsonl."""
+
+    def __init__(self, terms: Sequence[str], step: int) -> None:
+        super().__init__(
+            f"loss term {', '.join(terms)} is not finite at step {step}: begin again with a lower learning "
+            "rate or a lower gradient clip. Checkpoints written before are kept: `qlip train export RUN` "
+            "makes a model of the newest, which --set start.checkpoint=MODEL goes on from"
+        )
+        self.terms = tuple(terms)
 
 
 @dataclass(frozen=True)
@@ -78,12 +92,6 @@ class StepReport:
     """Gradient norm of each weighted loss at the last shared layer; empty where not asked for."""
 
 
-class Probing(Protocol):
-    def __call__(
-        self, batches: Sequence[Batch], step: int, probe: LayerProbe | None
-    ) -> Backward: ...
-
-
 class Companion(Protocol):
     """What trains beside the model: stage 2's discriminator."""
 
@@ -109,22 +117,22 @@ class Stage:
     weights: dict[str, float]
     shared_layer: nn.Linear
     precision: Precision
-    backward: Probing
+    backward: Callable[[Sequence[Batch], int, LayerProbe | None], Backward]
+    """Of this rank's micro-batches, the step's number, and what looks at the shared layer, if anything does."""
     after: Callable[[int], None]
     reconstruct: Callable[[Tensor], Tensor]
     """Pixels as of `Batch` to their reconstruction, normalised; every rank calls it."""
     companion: Companion | None = None
-    ema: Ema | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = [self.optimizer]
+        # Stage 2's frozen parts lie in its start; stage 1 keeps those that its recipe froze.
+        frozen_elsewhere = self.number == 2
+        self.memory = Memory(
+            self.model, self.optimizer, self.recipe.ema, trained_only=frozen_elsewhere
+        )
         if self.companion is not None:
-            self.optimizers.append(self.companion.optimizer)
-        for optimizer in self.optimizers:
-            fill_state(optimizer)
-        if self.recipe.ema:
-            self.ema = Ema(self.model, self.recipe.ema)
+            self.memory.add("discriminator", self.companion.module, self.companion.optimizer)
 
     def step(self, batches: Sequence[Batch], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches.
@@ -132,7 +140,7 @@ class Stage:
         Raises NonFiniteError, naming the term, before any weight is touched.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
-        for optimizer in self.optimizers:
+        for optimizer in self.memory.optimizers:
             set_rates(optimizer, rate)
         layer = LayerProbe(self.shared_layer) if probe else None
         try:
@@ -149,8 +157,8 @@ class Stage:
         if self.companion is not None:
             self.companion.step()
         self.after(step)
-        if self.ema is not None:
-            self.ema.update(self.model)
+        if self.memory.ema is not None:
+            self.memory.ema.update(self.model)
         return StepReport(
             terms=terms,
             total=sum(weight * terms[name] for name, weight in self.weights.items()),
@@ -187,29 +195,6 @@ class Stage:
         usage = numbers[len(names) :]
         bits = Bits(tuple(usage)) if usage else None
         return terms, found_norms[0], bits, scales[0] if scales else None
-
-    # -- what is remembered ----------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
-        # Stage 2's frozen parts lie in its start; stage 1 keeps those that its recipe froze.
-        out = module_tensors("model", self.model, trained_only=self.number == 2)
-        out |= optimizer_tensors("optimizer", self.model, self.optimizer)
-        if self.ema is not None:
-            out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
-        if self.companion is not None:
-            module = self.companion.module
-            out |= module_tensors("discriminator", module, trained_only=False)
-            out |= optimizer_tensors("discriminator_optimizer", module, self.companion.optimizer)
-        return out
-
-    def numbers(self) -> dict[str, Any]:
-        """The rest of it, as JSON types."""
-        return {"ema_updates": self.ema.updates if self.ema is not None else 0}
-
-    def restore_numbers(self, numbers: dict[str, Any]) -> None:
-        if self.ema is not None:
-            self.ema.updates = int(numbers["ema_updates"])
 
 
 def last_shared_layer(model: QLIP) -> nn.Linear:
@@ -270,32 +255,3 @@ class LayerProbe:
             name: weights[name] * float(world.mean(gradient).norm().item())
             for name, gradient in self._sums.items()
         }
-
-
-def fill_state(optimizer: Optimizer) -> None:
-    """The state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state[p]
-            if not state:
-                # torch's fused kernels count on the device, all others on the host.
-                where = p.device if group.get("fused") else None
-                state["step"] = torch.tensor(0.0, device=where)
-                state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-
-
-def module_tensors(prefix: str, module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
-    return {
-        f"{prefix}.{name}": p.detach()
-        for name, p in module.named_parameters()
-        if p.requires_grad or not trained_only
-    }
-
-
-def optimizer_tensors(prefix: str, module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    out = {}
-    for name, p in module.named_parameters():
-        for key, value in optimizer.state.get(p, {}).items():
-            out[f"{prefix}.{name}.{key}"] = value
-    return out

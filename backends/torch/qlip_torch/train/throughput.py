@@ -27,10 +27,6 @@ class ForwardFlops:
     decoder: float
     text: float
 
-    @property
-    def total(self) -> float:
-        return self.encoder + self.bottleneck + self.decoder + self.text
-
     def training(self, trained: Collection[str], present: Collection[str]) -> float:
         """FLOPs of an image's training step, by `qlip_core.architecture.PARTS`.
 

@@ -18,7 +18,7 @@ from qlip_core.generator.config import GeneratorConfig
 from qlip_torch.generator import Generator
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.stage import LossNetwork
-from qlip_torch.train.plan import Cost, Kept
+from qlip_torch.train.plan import Cost, Kept, state_bytes
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.throughput import size_text
 
@@ -62,11 +62,6 @@ def make_plan(
     micro_batch = training.batch // devices // micro_batches
     half = Precision.of(recipe.engine, device).half
     count = parameter_count(config)
-    state = 4 * count * (5 if training.ema else 4)
-    if recipe.engine.parallel == "fsdp":
-        state //= devices
-    if recipe.engine.cpu_offload:
-        state = 0
     image = activation_bytes(config, half, recipe.engine.activation_checkpointing)
     return GeneratorPlan(
         config=config,
@@ -79,7 +74,7 @@ def make_plan(
         meant_for=recipe.devices,
         warmup=training.warmup,
         precision="bfloat16" if half else "float32",
-        state_bytes=state,
+        state_bytes=state_bytes(recipe.engine, count, count, training.ema, devices),
         activation_bytes=image * micro_batch,
         flops=3 * forward_flops(config),
         rate=rate,

@@ -16,15 +16,8 @@ from qlip_core.errors import ConfigError, RecipeError
 from qlip_core.generator.config import PRESETS, GeneratorConfig
 from qlip_core.generator.sampling import Sampling, check_seed
 from qlip_torch.train.data import DataConfig
-from qlip_torch.train.recipe import (
-    GENERATOR,
-    CheckpointRecipe,
-    EngineRecipe,
-    RecipeFile,
-    StepsRecipe,
-    find_recipe,
-    given_only,
-)
+from qlip_torch.train.recipe import CheckpointRecipe, EngineRecipe, StepsRecipe, given_only
+from qlip_torch.train.recipe_file import GENERATOR, RecipeFile, find_recipe
 from qlip_torch.train.strict import at_least
 
 

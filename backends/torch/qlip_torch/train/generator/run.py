@@ -7,7 +7,6 @@ OUT/generator/     the trained generator, once all steps are done
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,12 +38,16 @@ from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.generator.samples import save_samples
 from qlip_torch.train.generator.stage import GeneratorStage
 from qlip_torch.train.lock import only_run_in
-from qlip_torch.train.loop import Parts, train_stage
-from qlip_torch.train.metrics import Metrics, Speed, read_metrics
-from qlip_torch.train.plan import planned_for
-from qlip_torch.train.precision import Precision
-from qlip_torch.train.run import RECIPE, check_begun
-from qlip_torch.train.throughput import matmul_rate
+from qlip_torch.train.loop import Parts, metrics_of, resumed, train_stage
+from qlip_torch.train.metrics import read_metrics
+from qlip_torch.train.plan import planned_on
+from qlip_torch.train.run_folder import (
+    RECIPE,
+    check_begun,
+    kept_recipe,
+    model_behind,
+    to_stderr,
+)
 
 
 @dataclass(frozen=True)
@@ -58,10 +61,6 @@ class GeneratorResult:
     """On the first rank, unless the run had been finished before."""
 
 
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def train_generator(
     recipe: GeneratorRecipe | None,
     *,
@@ -69,7 +68,7 @@ def train_generator(
     resume: bool = False,
     steps: int | None = None,
     dry_run: bool = False,
-    say: Callable[[str], None] = _to_stderr,
+    say: Callable[[str], None] = to_stderr,
 ) -> GeneratorResult:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
@@ -95,11 +94,7 @@ def train_generator(
 def _settled(
     recipe: GeneratorRecipe | None, out: Path, resume: bool, steps: int | None, dry_run: bool
 ) -> GeneratorRecipe:
-    kept = out / RECIPE
-    if recipe is None:
-        if not kept.is_file():
-            raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
-        recipe = GeneratorRecipe.from_file(kept, f"--resume --out {out}")
+    recipe = recipe or kept_recipe(GeneratorRecipe, out)
     if steps is not None:
         recipe = recipe.changed([f"training.steps={steps}"])
     if not dry_run:
@@ -145,68 +140,71 @@ class _Run:
         make_feed(self.recipe, self.config, self.tokenizer, self.world)
         plan = self._plan()
         stage = self._build()
-        speed = self._speed(stage) if world.is_first else None
-        checkpoints = Checkpoints(
-            out / "checkpoints",
-            keep=recipe.checkpoints.keep,
-            background=recipe.checkpoints.background,
-            world=world,
-        )
         # Each rank draws dropout of its own.
         torch.manual_seed(recipe.seed + world.rank)
-        done, data = 0, None
-        if (latest := checkpoints.latest()) is not None:
-            resumed = checkpoints.load(latest, stage.tensors())
-            stage.restore_numbers(resumed.state["numbers"])
-            done = resumed.state["step"]
-            states = [rank["data"] for rank in resumed.ranks]
-            data = states[0] if recipe.data.tokens else merge_states(states)
-        feed = self._feed(stage, data)
-        metrics = self._metrics(speed, done) if speed is not None else None
-        try:
-            with feed.opened():
-                if done < recipe.training.steps:
-                    parts = Parts(
-                        recipe=recipe,
-                        config=self.config,
-                        checkpoint=recipe.checkpoints,
-                        pictures=recipe.log.pictures,
-                        gradients=0,
-                        tokenizer_folder=self.tokenizer.checkpoint.folder,
-                        stage=stage,
-                        loader=feed,
-                        checkpoints=checkpoints,
-                        stop=self.stop,
-                        metrics=metrics,
-                        show=self._pictures(stage, feed),
-                    )
-                    train_stage(parts, done, recipe.training.steps)
-        finally:
-            checkpoints.close()
-            if metrics is not None:
-                metrics.close()
+        checkpoints, done, places = resumed(out, recipe.checkpoints, stage)
+        if done < recipe.training.steps:
+            data = None
+            if places:
+                data = places[0] if recipe.data.tokens else merge_states(places)
+            self._steps(stage, checkpoints, done, data)
         if world.is_first:
             save_curves(out / "curves.png", read_metrics(out))
             export_generator(out, out / FOLDER)
         world.barrier()
         return plan
 
+    def _steps(
+        self,
+        stage: GeneratorStage,
+        checkpoints: Checkpoints,
+        done: int,
+        data: dict[str, Any] | None,
+    ) -> None:
+        recipe = self.recipe
+        feed = self._feed(stage, data)
+        metrics = metrics_of(
+            stage,
+            self.out,
+            recipe.log.metrics,
+            start=done,
+            code_dim=self.config.code_dim,
+            flops=3 * forward_flops(self.config),
+        )
+        try:
+            with feed.opened():
+                parts = Parts(
+                    recipe=recipe,
+                    config=self.config,
+                    checkpoint=recipe.checkpoints,
+                    pictures=recipe.log.pictures,
+                    gradients=0,
+                    tokenizer_folder=self.tokenizer.checkpoint.folder,
+                    stage=stage,
+                    loader=feed,
+                    checkpoints=checkpoints,
+                    stop=self.stop,
+                    metrics=metrics,
+                    show=self._pictures(stage, feed),
+                )
+                train_stage(parts, done, recipe.training.steps)
+        finally:
+            checkpoints.close()
+            if metrics is not None:
+                metrics.close()
+
     def _feed(self, stage: GeneratorStage, data: dict[str, Any] | None) -> Prepared:
         feed = make_feed(self.recipe, self.config, self.tokenizer, self.world, data)
         return Prepared(feed, stage.inputs, ahead=self.world.device.type == "cuda")
 
     def _plan(self, dry: bool = False) -> GeneratorPlan | None:
-        # Every rank: a recipe that does not divide over them is an error on each.
-        self.recipe.training.micro_batches(self.world.size)
-        if not self.world.is_first:
+        recipe, world = self.recipe, self.world
+        found = planned_on(recipe.devices, recipe.engine, recipe.training, world, dry=dry)
+        if found is None:
             return None
-        devices, told = self.world.size, []
-        if dry:
-            devices, told = planned_for(self.recipe.devices, self.recipe.training, devices)
-        device = self.world.device
-        rate = matmul_rate(device, Precision.of(self.recipe.engine, device).dtype)
-        plan = make_plan(self.recipe, self.config, device, devices, rate)
-        start = self.recipe.start or "random"
+        devices, told, rate = found
+        plan = make_plan(recipe, self.config, world.device, devices, rate)
+        start = recipe.start or "random"
         tokenizer = f"  tokenizer: {self.tokenizer.checkpoint.folder}"
         for line in (*plan.lines(), *told, tokenizer, f"  weights: {start}"):
             self._say(line)
@@ -227,23 +225,6 @@ class _Run:
         if problems := diff_tensors(self.config, shapes):
             raise CheckpointError(f"start: {start} is of other sizes than the recipe's: {problems}")
         return weights
-
-    def _speed(self, stage: GeneratorStage) -> Speed:
-        rate = matmul_rate(self.world.device, stage.precision.dtype)
-        return Speed(3 * forward_flops(self.config), rate, self.world.size)
-
-    def _metrics(self, speed: Speed, done: int) -> Metrics:
-        return Metrics(
-            self.out,
-            self.recipe.log.metrics,
-            stage="generator",
-            steps=self.recipe.training.steps,
-            start=done,
-            batch=self.recipe.training.batch,
-            code_dim=self.config.code_dim,
-            speed=speed,
-            device=self.world.device,
-        )
 
     def _pictures(self, stage: GeneratorStage, feed: Prepared) -> Callable[[int], None]:
         def show(done: int) -> None:
@@ -268,13 +249,8 @@ class _Run:
 
 def load_tokenizer(recipe: GeneratorRecipe, world: World) -> Model:
     """The frozen tokenizer on this rank's device; of a run's folder, its newest stage."""
-    named = recipe.tokenizer
-    for inner in (Path(named) / "stage2" / "model", Path(named) / "stage1" / "model"):
-        if named and (inner / "config.json").is_file():
-            named = str(inner)
-            break
     # Without the generator that may lie in its folder, made for this tokenizer or for an older one.
-    checkpoint = open_checkpoint(named or None)
+    checkpoint = open_checkpoint(model_behind(recipe.tokenizer) if recipe.tokenizer else None)
     network = get_backend("torch").network(
         checkpoint.config, checkpoint, device=str(world.device), dtype=recipe.tokenizer_dtype
     )

@@ -18,13 +18,13 @@ from torch.distributed.tensor import DTensor
 from qlip_core.generator.conditioning import Conditioner, encode_prompts
 from qlip_torch.generator import Generator
 from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, spread
-from qlip_torch.train.ema import Ema
 from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
-from qlip_torch.train.optimizers import NonFiniteError, cosine_warmup, learning_rates, set_rates
+from qlip_torch.train.memory import Memory
+from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.precision import Precision, exactly, lifted
-from qlip_torch.train.recipe import GENERATOR
-from qlip_torch.train.stage import StepReport, fill_state, module_tensors, optimizer_tensors
+from qlip_torch.train.recipe_file import GENERATOR
+from qlip_torch.train.stage import NonFiniteError, StepReport
 
 LOSS = "cross_entropy"
 
@@ -73,8 +73,7 @@ class GeneratorStage:
             betas=self.recipe.betas,
             fused=True,
         )
-        fill_state(self.optimizer)
-        self.ema = Ema(model, self.recipe.ema) if self.recipe.ema else None
+        self.memory = Memory(model, self.optimizer, self.recipe.ema, trained_only=True)
 
     def step(self, batches: Sequence[Inputs], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches, each from `inputs`.
@@ -98,8 +97,8 @@ class GeneratorStage:
             raise NonFiniteError(wrong, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.model)
+        if self.memory.ema is not None:
+            self.memory.ema.update(self.model)
         rates = learning_rates(self.optimizer)
         return StepReport({LOSS: value}, value, gradient_norm, rate, None, rates)
 
@@ -115,29 +114,12 @@ class GeneratorStage:
         )
         return features, valid, null, tokens
 
-    # -- what is remembered ----------------------------------------------------------------------
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, by name, as it lies on this rank: to save, or to load into."""
-        out = module_tensors("model", self.model, trained_only=True)
-        out |= optimizer_tensors("optimizer", self.model, self.optimizer)
-        if self.ema is not None:
-            out |= {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
-        return out
-
-    def numbers(self) -> dict[str, Any]:
-        """The rest of it, as JSON types."""
-        return {"ema_updates": self.ema.updates if self.ema is not None else 0}
-
-    def restore_numbers(self, numbers: dict[str, Any]) -> None:
-        if self.ema is not None:
-            self.ema.updates = int(numbers["ema_updates"])
-
     @torch.no_grad()
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors as float32 by name, on the first rank ({} elsewhere): the moving average where
         there is one. Every rank calls it."""
-        source = self.ema.shadow if self.ema is not None else dict(self.model.named_parameters())
+        ema = self.memory.ema
+        source = ema.shadow if ema is not None else dict(self.model.named_parameters())
         out = {}
         for name, tensor in source.items():
             whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
