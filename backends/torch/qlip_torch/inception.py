@@ -17,12 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlip_core.errors import CheckpointError
-from qlip_torch.weight_files import read_weights, sha256_of, weight_files
+from qlip_torch.weight_files import fitted, read_weights, sha256_of, weight_files
 
 log = logging.getLogger(__name__)
 
-FEATURES = 2048
 SIDE = 299
 _IGNORED = ("fc.", "AuxLogits.")
 
@@ -222,23 +220,13 @@ def build_inception(source: str, seed: int = 0) -> tuple[Inception, str]:
         return model, f"random (seed {seed}), NOT FID"
     files = weight_files(source, "Inception weights")
     tensors = {n: t for path in files for n, t in read_weights(path).items()}
-    found = {n: t for n, t in tensors.items() if not n.startswith(_IGNORED)}
-    own = model.state_dict()
     # Counters of training steps mean nothing here, and ports drop them.
-    needed = {n: t for n, t in own.items() if not n.endswith("num_batches_tracked")}
-    wrong = [f"missing {n}" for n in needed if n not in found]
-    wrong += [f"unexpected {n}" for n in found if n not in own]
-    for name in needed.keys() & found.keys():
-        if found[name].shape != needed[name].shape:
-            wrong.append(
-                f"{name} is {list(found[name].shape)}, expected {list(needed[name].shape)}"
-            )
-        elif not torch.isfinite(found[name]).all():
-            wrong.append(f"{name} has NaN or infinite values")
-    if wrong:
-        more = f"; and {len(wrong) - 6} more" if len(wrong) > 6 else ""
-        raise CheckpointError(f"Inception weights {source}: {'; '.join(wrong[:6])}{more}")
-    model.load_state_dict({n: found[n] for n in needed}, strict=False)
+    counters = "num_batches_tracked"
+    shapes = {n: t.shape for n, t in model.state_dict().items() if not n.endswith(counters)}
+    found = {
+        n: t for n, t in tensors.items() if not (n.startswith(_IGNORED) or n.endswith(counters))
+    }
+    model.load_state_dict(fitted(found, shapes, f"Inception weights {source}"), strict=False)
     return model, sha256_of(files)
 
 

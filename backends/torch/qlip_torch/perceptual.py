@@ -20,9 +20,10 @@ import logging
 import torch
 from torch import Tensor, nn
 
-from qlip_core.errors import CheckpointError, QlipError
+from qlip_core.errors import QlipError
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
-from qlip_torch.weight_files import read_weights, weight_files
+from qlip_torch.train.precision import exactly, lifted
+from qlip_torch.weight_files import fitted, read_weights, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ class Lpips(nn.Module):
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
         """One distance an image: two [B, 3, S, S] in [-1, 1] to float32 [B]."""
         pairs = zip(self.extract(x), self.extract(y), self.linear)
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with exactly(x.device):
             terms = [
                 ((_unit(fx) - _unit(fy)).square() * w.view(-1, 1, 1)).sum(1).mean((-1, -2))
                 for fx, fy, w in pairs
@@ -101,7 +102,7 @@ class Lpips(nn.Module):
 
 def _unit(features: Tensor) -> Tensor:
     """Channels [B, C, h, w] to unit length. vector_norm has slope 0 at 0 where sqrt has none."""
-    features = features if features.dtype == torch.float64 else features.float()
+    features = lifted(features)
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 
@@ -145,21 +146,13 @@ def _random(seed: int) -> Lpips:
 
 def _load(tensors: dict[str, Tensor], name: str) -> Lpips:
     model = Lpips(name)
-    expected = {f"features.{key}": value for key, value in model.features.state_dict().items()}
-    expected |= {f"lin{k}.model.1.weight": w.data for k, w in enumerate(model.linear)}
+    own = {f"features.{key}": value for key, value in model.features.state_dict().items()}
+    shapes = {key: list(value.shape) for key, value in own.items()}
+    for k, weight in enumerate(model.linear):
+        own[f"lin{k}.model.1.weight"] = weight.data
+        shapes[f"lin{k}.model.1.weight"] = [1, len(weight), 1, 1]
     found = {key: value for key, value in tensors.items() if not key.startswith(IGNORED)}
-    wrong = [f"missing {key}" for key in expected if key not in found]
-    wrong += [f"unexpected {key}" for key in found if key not in expected]
-    for key in expected.keys() & found.keys():
-        wanted = list(expected[key].shape)
-        wanted = [1, *wanted, 1, 1] if key.startswith("lin") else wanted
-        if list(found[key].shape) != wanted:
-            wrong.append(f"{key} is {list(found[key].shape)}, not {wanted}")
-    if wrong:
-        shown = "; ".join(wrong[:8]) + (f"; and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise CheckpointError(f"perceptual weights {name}: {shown}")
-    for key, value in expected.items():
-        if not torch.isfinite(found[key]).all():
-            raise CheckpointError(f"perceptual weights {name}: {key} holds NaN or infinity")
+    found = fitted(found, shapes, f"perceptual weights {name}")
+    for key, value in own.items():
         value.copy_(found[key].view(value.shape))
     return model

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -34,6 +35,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not safetensors ({error})") from None
+
+
+def fitted(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str
+) -> dict[str, Tensor]:
+    """The tensors, where they are those of `shapes`, all of them and no others, and finite. Raises
+    CheckpointError, which lists what is wrong with `what`."""
+    wrong = [f"missing {name}" for name in shapes if name not in tensors]
+    wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
+    for name in shapes.keys() & tensors.keys():
+        found, wanted = list(tensors[name].shape), list(shapes[name])
+        if found != wanted:
+            wrong.append(f"{name} is {found}, not {wanted}")
+        elif not torch.isfinite(tensors[name]).all():
+            wrong.append(f"{name} holds NaN or infinity")
+    if wrong:
+        more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(f"{what}: {'; '.join(wrong[:8])}{more}")
+    return dict(tensors)
 
 
 def sha256_of(files: Sequence[Path]) -> str:

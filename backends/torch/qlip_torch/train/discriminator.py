@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlip_core.errors import QlipError
+from qlip_torch.train.precision import exactly, lifted
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 SLOPE = 0.2
@@ -166,8 +167,8 @@ def r1_penalty(
     Added once every `interval` steps (`r1_is_due`), which the factor makes up for (arXiv 1912.04958,
     appendix B). weight is R1's gamma.
     """
-    with torch.autocast(device_type=real.device.type, enabled=False):
-        real = real.detach().float().requires_grad_()
+    with exactly(real.device):
+        real = lifted(real.detach()).requires_grad_()
         # With the minibatch deviation D mixes images: the sum's gradient is what StyleGAN takes too.
         (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
         return slope.square().sum((1, 2, 3)).mean() * (weight / 2 * interval)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlip_core.files import atomic_file
 from qlip_core.metrics import psnr
-from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
+from qlip_core.preprocessing import Preprocessing
 
 _GAP = 2
 
@@ -37,29 +37,29 @@ _TITLES = {
 }
 
 
-def to_images(pixels: Tensor) -> np.ndarray:
-    """Normalised pixels [B, 3, S, S] to uint8 [B, S, S, 3]."""
-    values = pixels.detach().float().cpu().numpy().transpose(0, 2, 3, 1)
-    values = values * np.array(CLIP_STD, np.float32) + np.array(CLIP_MEAN, np.float32)
-    return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-
-
 def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> float:
     """A PNG with the images, uint8 [B, 3, S, S], in the upper row, and below their reconstructions,
     normalised [B, 3, S, S]. Returns the mean of their PSNR in dB."""
-    rows = [pixels.permute(0, 2, 3, 1).numpy(), to_images(reconstruction)]
-    count, side = rows[0].shape[:2]
-    scale = max(1, 128 // side)
-    step = side * scale + _GAP
-    sheet = np.full((2 * step - _GAP, count * step - _GAP, 3), 255, np.uint8)
-    for r, row in enumerate(rows):
-        for c, image in enumerate(row):
-            large = image.repeat(scale, 0).repeat(scale, 1)
-            sheet[r * step : r * step + side * scale, c * step : c * step + side * scale] = large
+    made = Preprocessing(pixels.shape[-1]).to_images(reconstruction.detach().float().cpu().numpy())
+    rows = pixels.permute(0, 2, 3, 1).numpy(), made
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        Image.fromarray(sheet).save(file, "png")
+        Image.fromarray(sheet(np.concatenate(rows), len(pixels))).save(file, "png")
     return float(np.minimum(psnr(*rows), 100).mean())
+
+
+def sheet(pictures: np.ndarray, columns: int) -> np.ndarray:
+    """Pictures uint8 [count, S, S, 3] in rows of so many, enlarged to about 128 pixels where they are smaller."""
+    count, side = pictures.shape[:2]
+    scale = max(1, 128 // side)
+    step, columns = side * scale + _GAP, min(columns, count)
+    rows = -(-count // columns)
+    out = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
+    for i, picture in enumerate(pictures):
+        y, x = i // columns * step, i % columns * step
+        large = picture.repeat(scale, 0).repeat(scale, 1)
+        out[y : y + side * scale, x : x + side * scale] = large
+    return out
 
 
 def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qlip_torch.train.recipe import EngineRecipe
+if TYPE_CHECKING:  # LPIPS is measured without a recipe
+    from qlip_torch.train.recipe import EngineRecipe
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from qlip_core.tokens import VisualTokens
 from qlip_torch.backend import DTYPES
 from qlip_torch.generator import load
 from qlip_torch.sampler import TorchGenerator
+from qlip_torch.train.figures import sheet
 from qlip_torch.train.generator.recipe import GeneratorLogRecipe
 
-_GAP, _COLUMNS, _BATCH = 2, 8, 16
+_COLUMNS, _BATCH = 8, 16
 
 
 def draw_samples(
@@ -53,18 +54,9 @@ def save_samples(
 ) -> None:
     """A PNG of the log's prompts, in rows; they and the seed stand in its metadata."""
     pictures = draw_samples(config, weights, tokenizer, conditioner, log.prompts, log.seed, dtype)
-    side = pictures.shape[1]
-    scale = max(1, 128 // side)
-    step, columns = side * scale + _GAP, min(_COLUMNS, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = np.full((rows * step - _GAP, columns * step - _GAP, 3), 255, np.uint8)
-    for i, picture in enumerate(pictures):
-        y, x = i // columns * step, i % columns * step
-        large = picture.repeat(scale, 0).repeat(scale, 1)
-        sheet[y : y + side * scale, x : x + side * scale] = large
     told = PngInfo()
     told.add_itxt("prompts", "\n".join(log.prompts))
     told.add_itxt("seed", str(log.seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        Image.fromarray(sheet).save(file, "png", pnginfo=told)
+        Image.fromarray(sheet(pictures, _COLUMNS)).save(file, "png", pnginfo=told)
