@@ -18,17 +18,10 @@ What is guaranteed, with B the global batch, W ranks, M micro-batches of B/(W*M)
 
 from __future__ import annotations
 
-import gc
 import math
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,6 +38,7 @@ from qlip_torch.train.order import Mixture
 from qlip_torch.train.pictures import Augmentation, Batch, Preparer, Tokenize
 from qlip_torch.train.sources import open_training_source
 from qlip_torch.train.strict import at_least
+from qlip_torch.train.workers import start_worker, starting_workers
 
 __all__ = ["Batch", "DataConfig", "Loader", "Source", "make_loader", "merge_states"]
 
@@ -135,7 +129,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_as_it_is,
             prefetch_factor=prefetch if workers else None,
-            worker_init_fn=_start_worker if workers else None,
+            worker_init_fn=start_worker if workers else None,
             pin_memory=torch.cuda.is_available(),
             # Its own generator: the default one is the run's, and must not move with a restart.
             generator=torch.Generator().manual_seed(0),
@@ -151,7 +145,7 @@ class Loader:
         if self._closed:
             raise DataError("this loader is closed; make another one from its state")
         if self._items is None:
-            with _starting_workers():
+            with starting_workers():
                 self._items = iter(self._loader)
         pieces: list[Batch] = []
         while len(pieces) < self._pieces:
@@ -383,51 +377,6 @@ def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> N
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
         )
-
-
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _start_worker(worker: int) -> None:
-    # Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer wants to finish its step
-    # and save, then stops its workers by itself; a second SIGTERM is from a trainer tired of waiting.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    )
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-    threading.Thread(target=_end_with_the_trainer, daemon=True).start()
-
-
-def _end_with_the_trainer() -> None:
-    # torch's own watch looks only between batches, and then can wait for ever on its full result queue.
-    # The trainer may be gone before this line runs, so a change of parent alone would be missed; and its
-    # pipe alone, since workers forked later hold it open as well.
-    parent, trainer = os.getppid(), multiprocessing.parent_process()
-    while os.getppid() == parent and trainer is not None and trainer.is_alive():
-        time.sleep(1.0)
-    os._exit(1)
-
-
-@contextmanager
-def _starting_workers() -> Iterator[None]:
-    """Until a worker has its own handlers, signals wait; and `tokenizers`, which warns of a fork after it
-    used its threads, is told that the child will not. What lies about when a worker is forked is frozen
-    for its garbage collector: a tensor of the GPU that it let go of would take the worker down."""
-    name = "TOKENIZERS_PARALLELISM"
-    silent = name not in os.environ
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    if silent:
-        os.environ[name] = "false"
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if silent:
-            del os.environ[name]
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _as_it_is(item: T) -> T:
