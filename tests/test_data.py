@@ -901,9 +901,8 @@ def test_the_shuffle_buffer_is_bounded_and_shuffles(tmp_path):
         keys = []
         for _ in range(100):
             keys.append(stream.pop().key)
-            samples, held = stream.held
-            assert samples <= buffer
-            assert held < limit + size
+            assert len(stream._out) + len(stream._next) <= buffer
+            assert stream._out_bytes + stream._next_bytes < limit + size
         assert len(set(keys)) == 100
         assert sum(a > b for a, b in pairwise(keys)) > 25
 

@@ -167,7 +167,7 @@ def test_eva02_leaves_what_it_does_not_have(tmp_path: Path) -> None:
     assert "visual encoder from" in text and "EVA-02" in text
     assert "inner_attn_ln.weight (2 tensors): not in the file, ones" in text
     assert "vision_model.quant_embed (4 tensors): random, seed 1" in text
-    assert report.to_dict()["left"]["logit_scale"] == "starts at 2.6592"
+    assert report.left["logit_scale"] == "starts at 2.6592"
 
 
 def test_a_missing_key_bias_is_zero_and_a_given_one_needs_a_place(tmp_path: Path) -> None:

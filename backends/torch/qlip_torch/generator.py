@@ -386,14 +386,12 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def causal_mask(length: int, seen: Tensor | None) -> Tensor | None:
-    """What each of `length` positions may look at, bool [B, 1, S, S]; None: all before, causally.
+def causal_mask(length: int, seen: Tensor) -> Tensor:
+    """What each of `length` positions may look at, bool [B, 1, S, S].
 
     `seen` bool [B, T]: prefix positions that are no padding. Padding sees itself, so that no row is
     empty.
     """
-    if seen is None:
-        return None
     before = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
     keys = F.pad(seen, (0, length - seen.shape[1]), value=True)
     itself = torch.eye(length, dtype=torch.bool, device=seen.device)

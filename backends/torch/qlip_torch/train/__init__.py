@@ -1,1 +1,1 @@
-"""Two-stage training of QLIP on PyTorch: objectives, optimizers, and what measures them."""
+"""Training on PyTorch: QLIP in its two stages, and in `generator` the language model over its sub-tokens."""

@@ -73,7 +73,7 @@ def accumulated_backward(
     batches: Sequence[Inputs],
     *,
     probe: GradientProbe | None = None,
-    syncing: Callable[[bool], AbstractContextManager[None]] | None = None,
+    syncing: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext(),
 ) -> Accumulated:
     """Add the gradients of the weighted total over all `batches` (of equal size) to `.grad`.
 
@@ -81,7 +81,7 @@ def accumulated_backward(
     ranks with the last one. `probe` sees the terms unweighted.
     """
     if len(batches) == 1:
-        with _entered(syncing, True):
+        with syncing(True):
             if probe is not None:
                 probe.listen()
             features, terms = losses.forward(batches[0])
@@ -101,7 +101,7 @@ def accumulated_backward(
     share = 1 / len(batches)
     sums: Terms = {}
     for index, (inputs, piece) in enumerate(zip(batches, _split(slopes, counts))):
-        with _entered(syncing, index == len(batches) - 1):
+        with syncing(index == len(batches) - 1):
             if probe is not None:
                 probe.listen()
             features, local = losses.forward(inputs)
@@ -130,7 +130,9 @@ def _feature_gradients(
     slopes: dict[str, Features] = {}
     if apart:
         for name, term in weighted.items():
-            slopes[name] = _gradient(term, cached, retain_graph=True)
+            slopes[name] = torch.autograd.grad(
+                term, cached, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
     found = torch.autograd.grad(
         total, [*cached, *parameters], allow_unused=True, materialize_grads=True
     )
@@ -139,12 +141,6 @@ def _feature_gradients(
     if not apart:
         slopes["all"] = found[: len(cached)]
     return _detached(terms), slopes
-
-
-def _gradient(term: Tensor, at: Features, *, retain_graph: bool) -> Features:
-    return torch.autograd.grad(
-        term, at, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-    )
 
 
 def _split(slopes: dict[str, Features], counts: list[int]) -> Iterator[dict[str, Features]]:
@@ -169,9 +165,3 @@ def _total(terms: Terms, weights: Mapping[str, float]) -> Tensor:
 
 def _detached(terms: Terms) -> Terms:
     return {name: term.detach() for name, term in terms.items()}
-
-
-def _entered(
-    syncing: Callable[[bool], AbstractContextManager[None]] | None, last: bool
-) -> AbstractContextManager[None]:
-    return nullcontext() if syncing is None else syncing(last)

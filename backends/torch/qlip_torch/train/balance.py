@@ -52,9 +52,9 @@ def balance(
 ) -> Balance | None:
     """Run both probes in `out` and write the recipe with the weights they suggest to balanced.toml.
 
-    steps: of each probe; by default those of the recipe's stage 1. `dry_run`: print the probes' plans and build
-    them, train nothing, give None. Raises RecipeError where a weight
-    is 0 that the other is measured against, or a probe ends at a loss of 0.
+    steps: of each probe; by default those of the recipe's stage 1. dry_run: print the probes' plans and
+    build them, train nothing, give None. Raises RecipeError where a weight is 0 that the other is measured
+    against, or a probe ends at a loss of 0.
     """
     out = Path(out)
     for name in ("mse", "align"):

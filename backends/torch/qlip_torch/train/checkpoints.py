@@ -44,7 +44,6 @@ _MISSING_GROUP = "torch.distributed is disabled"
 class Resumed:
     """What a checkpoint said beside its tensors: the run's state, and each writing rank's own."""
 
-    path: Path
     state: dict[str, Any]
     ranks: list[dict[str, Any]]
 
@@ -184,7 +183,7 @@ class Checkpoints:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             what = f"the state of random numbers cannot be set ({_cause(error)})"
             raise _damaged(path / f"rank-{self._world.rank:05d}.json", what) from None
-        return Resumed(path, state, ranks)
+        return Resumed(state, ranks)
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:

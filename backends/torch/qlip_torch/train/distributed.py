@@ -77,7 +77,7 @@ class World:
             dist.barrier(group=self.checkpoint_group)
 
     @property
-    def joins_autograd(self) -> dist.ProcessGroup | None:
+    def loss_group(self) -> dist.ProcessGroup | None:
         """The group for losses over the global batch; None where there is nothing to join."""
         return self.group if self.size > 1 else None
 

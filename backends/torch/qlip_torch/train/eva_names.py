@@ -1,4 +1,4 @@
-"""Where each of our tensors stands in a published EVA-02, EVA-CLIP or QLIP file: declared, by name.
+"""Where each of our tensors stands in a published EVA-02 or EVA-CLIP file: declared, by name.
 
 A layout lists rules, ours <- theirs, with what is taken of theirs. Several rules may name one tensor of
 ours (a fused or a split projection): the first whose source is in the file counts. Nothing is guessed

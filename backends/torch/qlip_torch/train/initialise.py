@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -50,16 +49,6 @@ class Report:
     """Kept at their first values: name -> why."""
     ignored: tuple[str, ...] = ()
     """Tensors of the files that mean nothing to this model."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report in JSON types."""
-        return {
-            "sources": dict(self.sources),
-            "used": list(self.used),
-            "resampled": dict(self.resampled),
-            "left": dict(self.left),
-            "ignored": list(self.ignored),
-        }
 
     def lines(self) -> list[str]:
         """The report as text, layers of a tower together."""

@@ -114,11 +114,6 @@ class ShuffledStream:
             self._read_one()
         return item
 
-    @property
-    def held(self) -> tuple[int, int]:
-        """(samples, bytes) held at this moment."""
-        return len(self._out) + len(self._next), self._out_bytes + self._next_bytes
-
     def _turn(self) -> None:
         """The chunk that was read becomes the one that is handed out."""
         self._chunk, self._turned, self._popped = self._chunk + self._turned, True, 0

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlip_core.errors import ConfigError, QlipError
 from qlip_torch.train.collectives import gather_rows, mean_over_ranks
+from qlip_torch.train.precision import exactly, lifted
 
 CHUNK_BYTES, ENTROPY_BYTES = 16 * 2**20, 100 * 2**20
 """Half-group joints of one chunk of tokens, and about what `bsq_entropy` uses in all: backward holds six times
@@ -31,8 +32,8 @@ CHUNK_ROWS = 2048
 def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
     """`mean((x_hat - x)^2)` over all values of [B, 3, S, S], in the normalised pixel space."""
     _same_shape("mse", reconstruction, target)
-    with _full_precision(reconstruction):
-        return F.mse_loss(_float(reconstruction), _float(target))
+    with exactly(reconstruction.device):
+        return F.mse_loss(lifted(reconstruction), lifted(target))
 
 
 def commitment(z: Tensor, z_hat: Tensor) -> Tensor:
@@ -41,8 +42,8 @@ def commitment(z: Tensor, z_hat: Tensor) -> Tensor:
     SPEC 1.3's optional term on the up-projected side: it moves `z` towards what the decoder sees.
     """
     _same_shape("commitment", z_hat, z)
-    with _full_precision(z):
-        return F.mse_loss(_float(z), _float(z_hat.detach()))
+    with exactly(z.device):
+        return F.mse_loss(lifted(z), lifted(z_hat.detach()))
 
 
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -53,9 +54,9 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     perceptual one is LPIPS; for machines that have no weights of that.
     """
     _same_shape("ssim", reconstruction, target)
-    with _full_precision(reconstruction):
+    with exactly(reconstruction.device):
         # From 0 up: its first factor compares means by their ratio.
-        x, y = ((_float(image) + 1) / 2 for image in (reconstruction, target))
+        x, y = ((lifted(image) + 1) / 2 for image in (reconstruction, target))
         rows, columns = (_gaussian_rows(size, x) for size in x.shape[-2:])
         maps = torch.stack((x, y, x * x, y * y, x * y))
         mean_x, mean_y, xx, yy, xy = rows @ maps @ columns.T
@@ -81,12 +82,11 @@ def _gaussian_rows(size: int, like: Tensor) -> Tensor:
 class BsqEntropy:
     """The terms of `bsq_entropy`, scalars, entropies in nats.
 
-    `total = penalty_over_t + beta * commitment`; `commitment` itself is not weighted.
+    `total` is what is minimised; `commitment` itself is not weighted.
     """
 
     per_sample: Tensor
     codebook: Tensor
-    penalty_over_t: Tensor
     commitment: Tensor
     total: Tensor
 
@@ -127,8 +127,8 @@ def bsq_entropy(
     size = 1 if per_bit else group_size
     if size < 1 or length % size:
         raise ConfigError(f"group_size {group_size} does not divide the {length} bits of u")
-    with _full_precision(u):
-        tokens = _float(u).reshape(-1, length)
+    with exactly(u.device):
+        tokens = lifted(u).reshape(-1, length)
         if chunk_tokens is None:
             widths = 2 ** (size // 2) + 2 ** (size - size // 2)
             token_bytes = length // size * widths * tokens.element_size()
@@ -140,7 +140,7 @@ def bsq_entropy(
         # At p = 0 the slope of -p log p is infinite and the slope of p is 0: the product is 0.
         codebook = -(joint * joint.clamp_min(torch.finfo(joint.dtype).tiny).log()).sum()
         penalty = (gamma_0 * per_sample - gamma_1 * codebook) / inv_temperature
-        return BsqEntropy(per_sample, codebook, penalty, distance, penalty + beta * distance)
+        return BsqEntropy(per_sample, codebook, distance, penalty + beta * distance)
 
 
 class _SoftAssignment(Function):
@@ -177,7 +177,7 @@ class _SoftAssignment(Function):
         count = u.shape[0]
         low = ctx.size // 2
         grad_u = torch.empty_like(u)
-        with _full_precision(u):
+        with exactly(u.device):
             for part, out in zip(u.split(ctx.chunk), grad_u.split(ctx.chunk)):
                 one, zero = _bit_probabilities(part * ctx.slope, ctx.size)
                 left, right = _half_joints(one, zero)
@@ -260,15 +260,13 @@ def info_nce(
     with all rows, and so is the mean over ranks of the gradients of every parameter.
 
     image, text: [b, D], L2-normalised, the same b on every rank. logit_scale: the parameter itself,
-    before exp. `group` None is the default group where torch.distributed is initialised, else this
-    process alone. Logits are made for `chunk_rows` rows at a time and made again in backward.
+    before exp. `group` None is this rank alone. Logits are made for `chunk_rows` rows at a time and made
+    again in backward.
     """
     _same_shape("info_nce", image, text)
-    if group is None and dist.is_initialized():
-        group = dist.group.WORLD
-    with _full_precision(image):
-        image, text = _float(image), _float(text)
-        scale = _float(logit_scale).exp()
+    with exactly(image.device):
+        image, text = lifted(image), lifted(text)
+        scale = lifted(logit_scale).exp()
         first, all_image, all_text = 0, image, text
         if group is not None and dist.get_world_size(group) > 1:
             first = dist.get_rank(group) * image.shape[0]
@@ -294,16 +292,8 @@ def _row_cross_entropy(queries: Tensor, keys: Tensor, first: int, chunk_rows: in
 
 
 def _summed_cross_entropy(rows: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-    with _full_precision(rows):
+    with exactly(rows.device):
         return F.cross_entropy(rows @ keys.T, labels, reduction="sum")
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    return torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
 def _same_shape(what: str, first: Tensor, second: Tensor) -> None:

@@ -92,10 +92,10 @@ def train(
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
     stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from
-    the newest checkpoint in `out` (from the beginning where there is none yet); the recipe may then be None, for the one in `out`. steps: replaces the
-    number of steps of each stage that is run. dry_run: make the plan and build everything, without a
-    step and without touching `out`. say: takes the plan and what was found, a line at a time, on the
-    first rank.
+    the newest checkpoint in `out` (from the beginning where there is none yet); the recipe may then be
+    None, for the one in `out`. steps: replaces the number of steps of each stage that is run. dry_run:
+    make the plan and build everything, without a step and without touching `out`. say: takes the plan
+    and what was found, a line at a time, on the first rank.
 
     Raises RecipeError for what cannot be run, NonFiniteError when a loss stops being finite,
     Interrupted (with an `exit_code`) after SIGTERM or Ctrl-C, PeerError when another process died.

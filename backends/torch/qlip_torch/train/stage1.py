@@ -100,7 +100,7 @@ class Stage1Losses:
 
     def forward(self, inputs: Batch) -> tuple[Features, Terms]:
         out = self.network(inputs.pixels, inputs.ids, self._decodes)
-        terms = {"mse": out[3], "commitment": out[4]} if self._decodes else {}
+        terms = {"mse": out.mse, "commitment": out.commitment} if self._decodes else {}
         return self._cached(out), terms
 
     def of_features(self, features: Features) -> Terms:
@@ -108,7 +108,7 @@ class Stage1Losses:
         terms: Terms = {}
         if embeddings:
             image, text = embeddings
-            group, scale = self.world.joins_autograd, self.model.logit_scale
+            group, scale = self.world.loss_group, self.model.logit_scale
             terms["align"] = objectives.info_nce(image, text, scale, group)
         return terms | objectives_of_code(self.model, u, self.world)
 
@@ -117,7 +117,7 @@ class Stage1Losses:
         return [scale] if scale.requires_grad else []
 
     def _cached(self, out: Forward) -> Features:
-        return (out[2], *out[:2]) if self._aligns else (out[2],)
+        return (out.u, out.image, out.text) if self._aligns else (out.u,)
 
 
 def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
@@ -133,7 +133,7 @@ def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
         quantizer.gamma_1,
         quantizer.beta,
         per_bit=quantizer.persample_entropy_compute == "analytical",
-        group=world.joins_autograd,
+        group=world.loss_group,
     )
     return {
         "bsq": found.total,
@@ -164,7 +164,7 @@ def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
 def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world: World) -> Stage:
     """Model (on the device, all parts) to what the loop steps."""
     precision = Precision.of(engine, world.device)
-    model.requires_grad_(True).train()
+    model.train()
     freeze(model, recipe)
     network = Stage1Network(model, precision, aligns=recipe.align > 0)
     blocks = model.blocks()

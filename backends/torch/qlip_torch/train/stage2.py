@@ -1,8 +1,8 @@
 """Stage 2: bottleneck and decoder learn to please the eye; encoder and text tower stay (SPEC section 3).
 
-Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan` (and `1 - SSIM`, where a recipe
-gives it a weight). The text tower is not in memory, the
-frozen encoder runs once a step without gradients. Legend: B images, N patches, D width, L bits.
+Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan` (and `1 - SSIM`, where a recipe gives it a
+weight). The text tower is not in memory, the frozen encoder runs once a step without gradients. Legend: B
+images, N patches, D width, L bits.
 """
 
 from __future__ import annotations
@@ -190,13 +190,13 @@ class Stage2Losses:
         self.made.clear()
 
     def features(self, inputs: Encoded) -> Features:
-        return self.network(inputs.pixels, inputs.z, False)[:1]
+        return (self.network(inputs.pixels, inputs.z, False).u,)
 
     def forward(self, inputs: Encoded) -> tuple[Features, Terms]:
-        u, pixels_hat, mse, commitment = self.network(inputs.pixels, inputs.z, True)
-        terms = {"mse": mse, "commitment": commitment}
+        out = self.network(inputs.pixels, inputs.z, True)
+        terms = {"mse": out.mse, "commitment": out.commitment}
         if {"lpips", "gan", "ssim"} & self.weights.keys():
-            made, real = clip_to_signed(pixels_hat), clip_to_signed(inputs.pixels)
+            made, real = clip_to_signed(out.pixels_hat), clip_to_signed(inputs.pixels)
             if self.perceptual is not None:
                 with self.precision.autocast():
                     terms["lpips"] = self.perceptual(made, real)
@@ -205,7 +205,7 @@ class Stage2Losses:
             if self.adversary is not None:
                 terms["gan"] = self.adversary.generator_loss(made)
                 self.made.append((real, made.detach()))
-        return (u,), terms
+        return (out.u,), terms
 
     def of_features(self, features: Features) -> Terms:
         return objectives_of_code(self.model, features[0], self.world)
