@@ -22,6 +22,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -145,7 +146,7 @@ class Loader:
         if self._closed:
             raise DataError("this loader is closed; make another one from its state")
         if self._items is None:
-            with starting_workers():
+            with starting_workers() if self._loader.num_workers else nullcontext():
                 self._items = iter(self._loader)
         pieces: list[Batch] = []
         while len(pieces) < self._pieces:
