@@ -494,6 +494,18 @@ def test_backends_that_are_not_there(cli: Qlip, monkeypatch: pytest.MonkeyPatch)
         (["classify", "x", "--labels-file", "absent.txt"], "absent.txt: cannot be read"),
         (["embed", *["x"] * 17], "too many to print: name a file with -o"),
         (["info", "x", "--model", "y"], "two models named"),
+        *(
+            (["train", "export", "run", *option], f"{option[0]} is for training")
+            for option in (
+                ["--dry-run"],
+                ["--resume"],
+                ["--stage", "1"],
+                ["--steps", "5"],
+                ["--set", "a=1"],
+                ["--data", "x"],
+            )
+        ),
+        (["train", "export", "run", "--dtype", "int8"], "models are stored in float32, bfloat16"),
     ],
 )
 def test_wrong_use(cli: Qlip, arguments: list[str], message: str) -> None:

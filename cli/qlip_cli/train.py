@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip_cli import options
 from qlip_cli.options import Force, Json
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
 
 DRY = "dry run: everything was built, nothing trained"
 GENERATOR, BALANCE, EXPORT = "generator", "balance", "export"
+STORED = ("float32", "bfloat16", "float16")
 
 
 def train(
@@ -63,7 +63,9 @@ def train(
     backend: Annotated[
         str, typer.Option("--backend", "-b", metavar="NAME", help="What trains: torch.")
     ] = "torch",
-    dtype: options.Dtype = "float32",
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help="Of an export: float32, bfloat16 or float16.")
+    ] = "float32",
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -86,6 +88,18 @@ def train(
     if len(rest) > 1:
         raise typer.BadParameter(f"one recipe at a time, got {' '.join(rest)}")
     if mode == EXPORT:
+        for option, given in (
+            ("--stage", stage is not None),
+            ("--data", bool(data)),
+            ("--resume", resume),
+            ("--steps", steps is not None),
+            ("--set", bool(changes)),
+            ("--dry-run", dry_run),
+        ):
+            if given:
+                raise typer.BadParameter(f"{option} is for training, not for `qlip train export`")
+        if dtype not in STORED:
+            raise typer.BadParameter(f'--dtype "{dtype}": models are stored in {", ".join(STORED)}')
         return _export(trainer, rest, out, dtype, force, json)
     if dtype != "float32" or force:
         raise typer.BadParameter("--dtype and --force are for `qlip train export`")
