@@ -433,6 +433,8 @@ def test_folder_source(tmp_path):
     assert [i.reason for i in items if isinstance(i, Bad)] == ["too large", "no caption"]
     report = check(location)
     assert (report.kind, report.shards, report.samples, report.good) == ("folder", None, 6, 4)
+    wild = open_source(str(tmp_path / "[f]*"))  # which stands for one folder
+    assert next(iter_samples(wild)) == items[0]
 
 
 def make_parquet(path: Path, rows: int, *, nested: bool = True, start: int = 0) -> str:
@@ -470,6 +472,9 @@ def test_evaluation_needs_no_captions_and_reads_labels(tmp_path):
         return [(each.label, each.caption) for each in found if isinstance(each, Example)]
 
     assert told("p.parquet") == [("a cat", ""), ("tench", ""), ("a cat", "")]
+    named = pa.table({"image": [png(0)], "label": pa.array(["hen"], pa.large_string())})
+    pq.write_table(named, tmp_path / "named.parquet")
+    assert told("named.parquet") == [("hen", "")]
     assert told("a.tar", **{"7": "hen"}) == [("hen", ""), ("", "")]
     with pytest.raises(DataError, match="no column `caption`"):
         open_source(str(tmp_path / "p.parquet"))  # training does need them

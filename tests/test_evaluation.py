@@ -14,7 +14,7 @@ from configurations import CONFIGURATIONS, random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_core.data.samples import Tally
+from qlip_core.data.samples import Bad, Tally
 from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, QlipError
 from qlip_core.evaluation import (
@@ -454,6 +454,23 @@ def test_stored_examples(tmp_path: Path) -> None:
         read_classes(names)
     with pytest.raises(DataError, match="limit"):
         StoredExamples(str(folder), limit=0)
+
+    # What lies beside the images of a folder is read as for training: a .json too, a .txt within its limit.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for name in "abc":
+        (plain / f"{name}.png").write_bytes(png(pictures(1)[0]))
+    (plain / "a.json").write_text('{"caption": "a cat", "label": 3}')
+    (plain / "b.txt").write_bytes(b"x" * (2**20 + 1))
+    (plain / "c.txt").mkdir()
+    *beside, bad = sorted(
+        StoredExamples(f"file://{plain}"), key=lambda each: (isinstance(each, Bad), each.key)
+    )
+    assert [(e.key, e.label, e.caption) for e in beside if isinstance(e, Example)] == [
+        ("a.png", "3", "a cat"),
+        ("c.png", "", ""),
+    ]
+    assert isinstance(bad, Bad) and (bad.key, bad.reason) == ("b.png", "too large")
 
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key, meta in (("a", {"label": 7}), ("b", {})):

@@ -148,7 +148,7 @@ def opened(address: str) -> Iterator[ByteStream]:
                 pipe.proc.terminate()
             pipe.close()
     else:
-        with _fsspec_open(address) as file:
+        with fsspec_open(address) as file:
             yield _Remote(file)
 
 
@@ -212,13 +212,16 @@ def _webdataset_open(address: str) -> Any:
         raise DataError(f"{address}: {error}; pip install {error.name}") from None
 
 
-def _fsspec_open(address: str) -> Any:
+def fsspec_open(address: str) -> Any:
+    """A file that fsspec opens. Raises DataError where it cannot, for an extra that is missing or an address
+    that it does not take."""
     try:
         import fsspec
     except ImportError:
         raise DataError(f"{address}: needs fsspec; pip install 'qlip[data]'") from None
     try:
-        return fsspec.open(address, "rb")
+        opener: Any = fsspec.open(address, "rb")
+        return opener.open()
     except (ImportError, ValueError) as error:
         raise DataError(f"{address}: {error}") from None
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from qlip_core.data.locations import RETRIES, local_path, scheme, wait_to_retry
+from qlip_core.data.locations import RETRIES, fsspec_open, local_path, scheme, wait_to_retry
 from qlip_core.data.samples import BROKEN_ARCHIVE, TOO_LARGE, Bad, Limits, Sample, make_sample
 from qlip_core.errors import DataError
 
@@ -136,15 +136,7 @@ class _File:
             raise DataError(f"{self._name}: needs pyarrow; pip install 'qlip[data]'") from None
         source: Any = str(local_path(self._name))
         if scheme(self._name):
-            try:
-                import fsspec
-            except ImportError:
-                raise DataError(f"{self._name}: needs fsspec; pip install 'qlip[data]'") from None
-            try:
-                opener: Any = fsspec.open(self._name, "rb")
-                source = opener.open()
-            except (ImportError, ValueError) as error:
-                raise DataError(f"{self._name}: {error}") from None
+            source = fsspec_open(self._name)
         try:
             self._file = pq.ParquetFile(source)
         except (OSError, pyarrow.ArrowException) as error:
@@ -189,12 +181,16 @@ def _find_columns(name: str, schema: Any, needs_caption: bool) -> _Columns:
     inner = kind.field("bytes").type if nested else kind
     if not (kinds.is_binary(inner) or kinds.is_large_binary(inner)):
         raise DataError(f"{name}: column `image` is {kind}; expected bytes or a struct with bytes")
+
+    def is_text(kind: Any) -> bool:
+        return kinds.is_string(kind) or kinds.is_large_string(kind)
+
     text = schema.field(caption).type if caption else None
-    if text is not None and not (kinds.is_string(text) or kinds.is_large_string(text)):
+    if text is not None and not is_text(text):
         raise DataError(f"{name}: column `{caption}` is {text}; expected strings")
     label = "label" if "label" in schema.names else None
     if label and not (
-        kinds.is_integer(schema.field(label).type) or kinds.is_string(schema.field(label).type)
+        kinds.is_integer(schema.field(label).type) or is_text(schema.field(label).type)
     ):
         label = None
     return _Columns("image", caption, label, _class_names(schema, label) if label else (), nested)

@@ -136,7 +136,8 @@ def open_source(location: str, limits: Limits | None = None) -> AnySource:
     if folders:
         if len(addresses) > 1:
             raise DataError(f"{location}: stands for several folders; give each as its own source")
-        return _open_folder(location, local_path(location), limits)
+        # As a wildcard may stand for it, the folder itself is what is read from.
+        return _open_folder(folders[0], local_path(folders[0]), limits)
     parquet = [a for a in addresses if a.split("?")[0].endswith(".parquet")]
     if parquet and len(parquet) < len(addresses):
         other = next(a for a in addresses if a not in parquet)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +11,10 @@ from typing import Protocol
 import numpy as np
 
 from qlip_core.data.draws import stable_hash
-from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Tally, label_of
-from qlip_core.data.shards import iter_samples, open_source
+from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Sample, Tally, label_of
+from qlip_core.data.shards import FolderSource, iter_samples, open_source
 from qlip_core.errors import DataError, ImageError
-from qlip_core.images import ImageLike, find_images
+from qlip_core.images import ImageLike
 from qlip_core.model import Model
 
 # Batches whose images are decoded ahead together: bounds memory, and keeps the decoding threads busy.
@@ -66,10 +66,10 @@ class ExampleList:
 class StoredExamples:
     """Tars, parquet, or a folder of images.
 
-    Captions are not needed: in a folder a `.txt` beside an image is its caption if there is one. An image's
-    class is the folder it lies in, else its label (metadata's "label", `.cls` in a tar, a column `label` in
-    parquet), else its caption; `classes` renames them.
-    `limit` ends the set early.
+    Captions are not needed, and are read as for training where there are any: in a folder from a `.txt` or
+    `.json` beside an image. An image's class is the folder it lies in, else its label (metadata's "label",
+    `.cls` in a tar, a column `label` in parquet), else its caption; `classes` renames them. `limit` ends the
+    set early.
     """
 
     location: str
@@ -89,24 +89,20 @@ class StoredExamples:
 
     def _all(self) -> Iterator[Example | Bad]:
         source = open_source(self.location, Limits(caption=False))
-        if source.kind == "folder":
-            yield from self._folder(Path(self.location))
+        if isinstance(source, FolderSource):
+            for index, name in enumerate(source.names):
+                inside = Path(name)
+                folder = inside.parts[0] if len(inside.parts) > 1 else ""
+                yield self._example(source.read(index), name, folder)
             return
         for item in iter_samples(source):
-            if isinstance(item, Bad):
-                yield item
-            else:
-                label = label_of(item.meta) or item.caption
-                label = self._renamed(label)
-                yield Example(item.key, item.image_bytes, item.caption, label, item.where)
+            yield self._example(item, item.key)
 
-    def _folder(self, folder: Path) -> Iterator[Example]:
-        for path in find_images(folder):
-            text = path.with_suffix(".txt")
-            caption = text.read_text("utf-8-sig", "replace").strip() if text.is_file() else ""
-            inside = path.relative_to(folder)
-            label = inside.parts[0] if len(inside.parts) > 1 else caption
-            yield Example(inside.as_posix(), path, caption, self._renamed(label))
+    def _example(self, item: Sample | Bad, key: str, folder: str = "") -> Example | Bad:
+        if isinstance(item, Bad):
+            return replace(item, key=key)
+        label = folder or label_of(item.meta) or item.caption
+        return Example(key, item.image_bytes, item.caption, self._renamed(label), item.where)
 
     def _renamed(self, label: str) -> str:
         return self.classes.get(label, label)
