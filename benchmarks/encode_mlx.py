@@ -28,10 +28,10 @@ from pathlib import Path
 
 import numpy as np
 
-from qlip_core.architecture import architecture, init_weights
+from qlip_core.architecture import ArrayWeights, init_weights
 from qlip_core.backends import get_backend
 from qlip_core.bsq import bits_to_codes
-from qlip_core.config import PRESETS, QLIPConfig
+from qlip_core.config import PRESETS
 
 CONFIG = PRESETS["qlip-b-16-256"]
 SIDE = 2048
@@ -43,17 +43,6 @@ OPENBLAS = (
 Paths = dict[str, tuple[Callable[[], object], float]]  # name -> what to call, work of a call
 
 
-class RandomWeights:
-    """`init_weights`, part by part."""
-
-    def __init__(self, config: QLIPConfig) -> None:
-        self._parts = {name: spec.part for name, spec in architecture(config).items()}
-        self._arrays = init_weights(config)
-
-    def part(self, part: str) -> dict[str, np.ndarray]:
-        return {name: self._arrays[name] for name, of in self._parts.items() if of == part}
-
-
 # -- in a process of its own -------------------------------------------------------------------
 
 
@@ -63,7 +52,7 @@ def paths(backend: str, device: str, dtype: str, batch: int) -> Paths:
     pixels = generator.standard_normal(size, np.float32)
     codes = bits_to_codes(generator.integers(0, 2, (batch, CONFIG.num_patches, CONFIG.code_dim)))
     network = get_backend(backend).network(
-        CONFIG, RandomWeights(CONFIG), device=device, dtype=dtype
+        CONFIG, ArrayWeights(CONFIG, init_weights(CONFIG)), device=device, dtype=dtype
     )
     product = torch_product() if backend == "torch" else mlx_product(device)
     return {

@@ -22,22 +22,10 @@ from functools import partial
 import numpy as np
 import torch
 
-from qlip_core.architecture import architecture, init_weights
+from qlip_core.architecture import ArrayWeights, init_weights
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import PRESETS, QLIPConfig, VisionConfig
 from qlip_torch import TorchBackend
-
-
-class RandomWeights:
-    """`init_weights`, part by part."""
-
-    def __init__(self, config: QLIPConfig) -> None:
-        self._parts = {name: spec.part for name, spec in architecture(config).items()}
-        self._arrays = init_weights(config)
-
-    def part(self, part: str) -> dict[str, np.ndarray]:
-        return {name: self._arrays[name] for name, of in self._parts.items() if of == part}
-
 
 # -- what the model costs ----------------------------------------------------------------------
 
@@ -148,7 +136,7 @@ def inputs(config: QLIPConfig, batch: int) -> tuple[np.ndarray, np.ndarray]:
 
 def cpu(batch: int, rounds: int) -> None:
     config = PRESETS["qlip-b-16-256"]
-    weights = RandomWeights(config)
+    weights = ArrayWeights(config, init_weights(config))
     pixels, codes = inputs(config, batch)
     paths, bits = [], {}
     dtypes = ("float32", "bfloat16")
@@ -192,7 +180,7 @@ def cuda(batch: int, rounds: int, limit_s: float) -> None:
         if time.perf_counter() - began > limit_s:
             return
         config = PRESETS[preset]
-        weights = RandomWeights(config)
+        weights = ArrayWeights(config, init_weights(config))
         pixels, codes = inputs(config, batch)
         expected = None
         for dtype, compile in (

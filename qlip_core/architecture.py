@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
+from qlip_core.tensorfile import listed
 
 # A part is what is loaded together: images need no text tower, bits need no decoder.
 PARTS = ("text", "encoder", "down", "up", "decoder")
@@ -213,10 +214,25 @@ def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.
     return np.cos(table), np.sin(table)
 
 
+# -- weights against the table -----------------------------------------------------------------
+
+
+class ArrayWeights:
+    """Weights held in memory, float32 by name, behind the interface of a checkpoint (qlip_core.backends)."""
+
+    def __init__(self, config: QLIPConfig, arrays: Mapping[str, np.ndarray]) -> None:
+        self._parts = {name: spec.part for name, spec in architecture(config).items()}
+        self._arrays = arrays
+
+    def part(self, part: str) -> dict[str, np.ndarray]:
+        return {name: self._arrays[name] for name, of in self._parts.items() if of == part}
+
+
 def diff_tensors(
     config: QLIPConfig, found: Mapping[str, tuple[int, ...]], parts: tuple[str, ...] = PARTS
 ) -> str:
-    """What keeps `found` (name -> shape) from being this model, in one line; empty if nothing does.
+    """What keeps `found` (name -> shape) from being this model, in one line that names up to 100 tensors of
+    each kind; empty if nothing does.
 
     With fewer `parts`, a file may leave out tensors of the others, but may not hold wrong ones.
     """
@@ -235,9 +251,4 @@ def diff_table(
         if n in found and tuple(found[n]) != spec.shape
     ]
     found_problems = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    return "; ".join(f"{kind}: {_some(names)}" for kind, names in found_problems if names)
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    return "; ".join(f"{kind}: {listed(names)}" for kind, names in found_problems if names)

@@ -22,7 +22,7 @@ from qlip_core.config import QLIPConfig, unshown
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import find_model
 from qlip_core.preprocessing import Preprocessing
-from qlip_core.tensorfile import TensorFile, as_float32, to_bfloat16, write_tensors
+from qlip_core.tensorfile import TensorFiles, as_float32, to_bfloat16, write_tensors
 from qlip_core.text import FILES as TOKENIZER_FILES
 from qlip_core.text import Tokenizer
 
@@ -32,41 +32,24 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 class Checkpoint:
     """A model's config and weights. Tensors are read when asked for, and checked as they are read."""
 
-    def __init__(self, config: QLIPConfig, files: list[TensorFile], folder: Path) -> None:
+    def __init__(self, config: QLIPConfig, files: TensorFiles) -> None:
         self.config = config
-        self.folder = folder
-        self._where: dict[str, TensorFile] = {}
-        for file in files:
-            for name in file.entries:
-                if name in self._where:
-                    raise CheckpointError(
-                        f"{folder}: tensor {name} is in two files, {self._where[name].path.name} "
-                        f"and {file.path.name}"
-                    )
-                self._where[name] = file
-        shapes = {name: file.entries[name].shape for name, file in self._where.items()}
-        if problem := diff_tensors(config, shapes):
-            raise CheckpointError(f"{folder}: the weights do not fit the config: {problem}")
+        self.folder = files.folder
+        self._files = files
+        files.check_fit(diff_tensors(config, files.shapes), architecture(config))
 
     @property
     def stored_dtypes(self) -> set[str]:
         """How the weights are stored, in safetensors' names."""
-        return {self._where[name].entries[name].dtype for name in architecture(self.config)}
+        return {self._files.dtype(name) for name in architecture(self.config)}
 
     @property
     def stored_bytes(self) -> int:
-        files = {file.path: file for file in self._where.values()}
-        return sum(path.stat().st_size for path in files)
+        return self._files.size
 
     def tensor(self, name: str) -> np.ndarray:
         """One tensor as float32. Raises CheckpointError if it has NaN or infinite values."""
-        values = self._where[name].float32(name)
-        if not np.isfinite(values).all():
-            bad = int(values.size - np.isfinite(values).sum())
-            raise CheckpointError(
-                f"{self._where[name].path}: tensor {name} has {bad} values that are NaN or infinite"
-            )
-        return values
+        return self._files.float32(name)
 
     def part(self, part: str) -> dict[str, np.ndarray]:
         """All tensors of one part of PARTS, as float32."""
@@ -105,10 +88,8 @@ class Checkpoint:
             if spec.part not in parts:
                 continue
             digest.update(f"{name}{list(spec.shape)}".encode())
-            file = self._where[name]
-            flat = file.raw(name).reshape(-1)
-            for start, stop in _sampled(len(flat)):
-                values = as_float32(flat[start:stop], file.entries[name].dtype, name)
+            for start, stop in _sampled(spec.size):
+                values = self._files.values(name, start, stop)
                 digest.update(values.astype("<f4").tobytes())
         return digest.hexdigest()[:32]
 
@@ -164,13 +145,13 @@ def _sampled(size: int) -> Iterator[tuple[int, int]]:
 def open_checkpoint(model: str | Path | None = None, revision: str | None = None) -> Checkpoint:
     """Open a folder, a `.safetensors` file beside its config.json, a hub id, or the bundled model.
 
-    Reads headers only. Raises ConfigError or CheckpointError; the latter lists every tensor that is
-    missing, unexpected or of another shape.
+    Reads headers only. Raises ConfigError or CheckpointError; the latter lists the tensors that are missing,
+    unexpected or of another shape, up to 100 of each kind.
     """
     path = find_model(model, revision)
     folder = path if path.is_dir() else path.parent
-    files = [TensorFile(p) for p in ([path] if path.is_file() else weight_files(folder))]
-    return Checkpoint(QLIPConfig.from_file(folder / "config.json"), files, folder)
+    files = TensorFiles([path] if path.is_file() else weight_files(folder), folder)
+    return Checkpoint(QLIPConfig.from_file(folder / "config.json"), files)
 
 
 def weight_files(folder: Path) -> list[Path]:

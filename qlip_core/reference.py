@@ -15,6 +15,7 @@ import numpy as np
 
 from qlip_core.architecture import rotary_tables
 from qlip_core.backends import Backend, Network, Weights
+from qlip_core.bsq import quantize
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
@@ -289,7 +290,7 @@ class ReferenceNetwork:
         return self._latents(pixels).astype(np.float32)
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        return (self._latents(pixels) > 0).astype(np.uint8)
+        return quantize(self._latents(pixels))
 
     def _latents(self, pixels: np.ndarray) -> np.ndarray:
         vision = self.config.vision_config

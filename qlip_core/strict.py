@@ -39,6 +39,15 @@ def read_json(path: str | Path, of: str, build: Callable[[dict[str, Any]], T]) -
         raise ConfigError(f"{path}: {error}") from None
 
 
+def peek_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, to tell by what it is of; empty where there is none to read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def unknown_key(key: str, where: str, known: Iterable[str], what: str) -> ConfigError:
     """The error for a key that `what` ("the model config") has no meaning for; `where`: "a.b."."""
     near = difflib.get_close_matches(key, list(known), n=1)

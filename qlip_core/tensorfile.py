@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -80,6 +80,78 @@ class TensorFile:
         """The values as float32; a read-only view where they are stored so."""
         entry = self.entries[name]
         return as_float32(self.raw(name), entry.dtype, f"{self.path}: tensor {name}")
+
+
+class TensorFiles:
+    """The tensors of a model's files by name: read when asked for, and checked as they are read.
+
+    Raises CheckpointError for a file that is not whole, and for a tensor in two of them.
+    """
+
+    def __init__(self, paths: Iterable[Path], folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[str, TensorFile] = {}
+        for file in map(TensorFile, paths):
+            for name in file.entries:
+                if name in self._where:
+                    raise CheckpointError(
+                        f"{folder}: tensor {name} is in two files, {self._where[name].path.name} "
+                        f"and {file.path.name}"
+                    )
+                self._where[name] = file
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: file.entries[name].shape for name, file in self._where.items()}
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in {file.path for file in self._where.values()})
+
+    def check_fit(self, problem: str, names: Iterable[str]) -> None:
+        """Raises CheckpointError for a `problem` with names and shapes, if there is one, and for tensors of
+        these `names` that are not stored as floating point."""
+        if problem:
+            raise CheckpointError(f"{self.folder}: the weights do not fit the config: {problem}")
+        if wrong := [
+            f"{name} as {kind}" for name in names if (kind := self.dtype(name)) not in FLOATS
+        ]:
+            raise CheckpointError(
+                f"{self.folder}: weights must be stored as one of {', '.join(FLOATS)}, and are: {listed(wrong)}"
+            )
+
+    def dtype(self, name: str) -> str:
+        """How a tensor is stored, in safetensors' names."""
+        return self._where[name].entries[name].dtype
+
+    def values(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Values `start` to `stop` of a tensor laid flat, as float32, unchecked."""
+        flat = self._where[name].raw(name).reshape(-1)
+        return as_float32(flat[start:stop], self.dtype(name), name)
+
+    def float32(self, name: str) -> np.ndarray:
+        """One tensor as float32. Raises CheckpointError if it has NaN or infinite values."""
+        values = self._where[name].float32(name)
+        if not np.isfinite(values).all():
+            bad = int(values.size - np.isfinite(values).sum())
+            raise CheckpointError(
+                f"{self._where[name].path}: tensor {name} has {bad} values that are NaN or infinite"
+            )
+        return values
+
+
+LISTED = 100
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for a message: the first `LISTED`, and how many more there are."""
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def as_float32(raw: np.ndarray, dtype: str, where: str) -> np.ndarray:

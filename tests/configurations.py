@@ -5,7 +5,6 @@ Each is a fraction of a megabyte, so that a test may run all of them on every ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -151,16 +150,3 @@ def random_ids(config: QLIPConfig, count: int, seed: int = 0) -> np.ndarray:
         row[0], row[length - 1] = text.bos_token_id, end
         row[1 : length - 1] = generator.integers(3, text.vocab_size - 2, length - 2)
     return ids
-
-
-class ArrayWeights:
-    """Weights held in memory, with the same interface as a checkpoint; `loaded` says what was asked."""
-
-    def __init__(self, config: QLIPConfig, arrays: Mapping[str, np.ndarray]) -> None:
-        self._parts = {name: spec.part for name, spec in architecture(config).items()}
-        self._arrays = arrays
-        self.loaded: list[str] = []
-
-    def part(self, part: str) -> dict[str, np.ndarray]:
-        self.loaded.append(part)
-        return {name: self._arrays[name] for name, of in self._parts.items() if of == part}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from configurations import CONFIGURATIONS, ArrayWeights
+from configurations import CONFIGURATIONS
 
 from qlip_core import reference
+from qlip_core.architecture import ArrayWeights
 from qlip_core.backends import Network
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import QLIPConfig

@@ -18,6 +18,7 @@ import qlip_core as qlip
 from qlip_core import hub
 from qlip_core.architecture import architecture
 from qlip_core.errors import CheckpointError, ConfigError
+from qlip_core.evaluation.clip_score import is_plain_clip
 from qlip_core.tensorfile import TensorFile, to_bfloat16, write_tensors
 
 
@@ -132,7 +133,9 @@ def test_wrong_weights_are_named(copy: Path, official: Path) -> None:
     nan = np.full(64, np.nan, np.float32)
     check(lambda t: t.update({name: nan}), f"{name} has 64 values that are NaN", on_read=True)
     whole = np.zeros(64, np.int64)
-    check(lambda t: t.update({name: whole}), "stored as I64, expected floating", on_read=True)
+    check(lambda t: t.update({name: whole}), f"must be stored as one of .*: {name} as I64")
+    many = {f"extra.{i:03}": nan for i in range(101)}
+    check(lambda t: t.update(many), r"unexpected: extra\.000, .*, extra\.099 and 1 more$")
 
 
 def test_damaged_files(copy: Path) -> None:
@@ -255,6 +258,7 @@ def test_json_that_python_cannot_read_is_named(
     (copy / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json: not a readable JSON"):
         qlip.open_checkpoint(copy)
+    assert not is_plain_clip(copy)  # which opens it all the same, to say that
 
 
 def test_layers_are_counted_before_they_are_listed(official: Path, tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from PIL import Image
 from safetensors import safe_open
 
 import qlip_core as qlip
-from qlip_cli.doctor import TinyWeights
 from qlip_cli.main import main
 from qlip_cli.outputs import safe_names
 from qlip_cli.reconstruct import picture_of
@@ -395,15 +394,6 @@ def test_doctor_does_not_mind_what_is_absent(cli: Qlip, monkeypatch: pytest.Monk
     assert (document["ok"], document["auto"]) == (True, "numpy")
     assert [r["installed"] for r in document["backends"]] == [False, True, False]
     assert document["backends"][0]["hint"] == "pip install 'qlip[mlx]'"
-
-
-def test_the_doctors_weights_are_the_presets() -> None:
-    table = {
-        n for part in ("text", "encoder", "down", "up", "decoder") for n in TinyWeights().part(part)
-    }
-    from qlip_core.architecture import architecture
-
-    assert table == set(architecture(qlip.PRESETS["tiny"]))
 
 
 # -- the command itself ------------------------------------------------------------------------

@@ -11,13 +11,12 @@ from configurations import (
     CONFIGURATIONS,
     EVA,
     TEXT,
-    ArrayWeights,
     quantized,
     random_ids,
     random_weights,
 )
 
-from qlip_core.architecture import architecture, init_weights
+from qlip_core.architecture import ArrayWeights, architecture, init_weights
 from qlip_core.backends import Network
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError

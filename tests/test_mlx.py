@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
+from configurations import CONFIGURATIONS, random_ids, random_pixels, random_weights
 from mlx.utils import tree_flatten
 from oracle import (
     TOLERANCE,
@@ -16,7 +16,7 @@ from oracle import (
 )
 
 from qlip_core import reference
-from qlip_core.architecture import PARTS, architecture
+from qlip_core.architecture import PARTS, ArrayWeights, architecture
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import CheckpointError, ConfigError

@@ -11,8 +11,9 @@ from itertools import combinations
 
 import numpy as np
 import pytest
-from configurations import ArrayWeights, random_ids, random_pixels, random_weights
+from configurations import random_ids, random_pixels, random_weights
 
+from qlip_core.architecture import ArrayWeights
 from qlip_core.backends import Network, get_backend
 from qlip_core.bsq import bits_to_codes, bits_to_integers, quantize
 from qlip_core.config import PRESETS, QLIPConfig

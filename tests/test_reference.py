@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from configurations import ArrayWeights
 
 from qlip_core import bsq, open_checkpoint
+from qlip_core.architecture import ArrayWeights
 from qlip_core.config import QuantizerConfig
 from qlip_core.reference import ReferenceNetwork, erf, patchify, pooled_position, rotate, unpatchify
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from configurations import CONFIGURATIONS, ArrayWeights, random_ids, random_pixels, random_weights
+from configurations import CONFIGURATIONS, random_ids, random_pixels, random_weights
 from oracle import (
     SURE,
     assert_same_latents,
@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from qlip_core import reference
-from qlip_core.architecture import PARTS, architecture, rotary_tables
+from qlip_core.architecture import PARTS, ArrayWeights, architecture, rotary_tables
 from qlip_core.backends import Network
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import CheckpointError, ConfigError

@@ -127,11 +127,12 @@ def self_test(backend: Backend, device: str) -> dict[str, Any]:
     import numpy as np
 
     from qlip_core import PRESETS
-    from qlip_core.bsq import bits_to_codes
+    from qlip_core.architecture import ArrayWeights, init_weights
+    from qlip_core.bsq import bits_to_codes, quantize
     from qlip_core.reference import ReferenceNetwork
 
     config = PRESETS["tiny"]
-    weights = TinyWeights()
+    weights = ArrayWeights(config, init_weights(config))
     generator = np.random.default_rng(0)
     shape = (_IMAGES, 3, config.image_size, config.image_size)
     pixels = generator.standard_normal(shape, np.float32)
@@ -141,8 +142,9 @@ def self_test(backend: Backend, device: str) -> dict[str, Any]:
         ours: Network = backend.network(config, weights, device=device, dtype="float32")
         theirs = ReferenceNetwork(config, weights, "float64")
         u, u_true = ours.latents(pixels), theirs.latents(pixels)
-        codes = bits_to_codes((u_true > 0).astype(np.uint8))
-        flipped = (ours.encode(pixels) == 1) != (u_true > 0)
+        bits = quantize(u_true)
+        codes = bits_to_codes(bits)
+        flipped = ours.encode(pixels) != bits
         result |= {
             "bits": int(u.size),
             "bits_different": int(flipped.sum()),
@@ -160,18 +162,6 @@ def self_test(backend: Backend, device: str) -> dict[str, Any]:
     # Written so that NaN fails.
     good = all(difference <= TOLERANCE for difference in differences)
     return result | {"ok": good and result["bits_wrong"] == 0}
-
-
-class TinyWeights:
-    """Random weights of the tiny preset in memory, part by part."""
-
-    def part(self, part: str) -> dict[str, np.ndarray]:
-        from qlip_core import PRESETS
-        from qlip_core.architecture import architecture, init_weights
-
-        config = PRESETS["tiny"]
-        table = architecture(config)
-        return {n: w for n, w in init_weights(config).items() if table[n].part == part}
 
 
 def text_ids(generator: np.random.Generator) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,12 +127,9 @@ def facts_of_record(record: dict[str, Any]) -> list[tuple[str, str]]:
 def is_generator(path: Path) -> bool:
     """Whether a folder's config is a generator's."""
     from qlip_core.generator.config import MODEL_TYPE
+    from qlip_core.strict import peek_json
 
-    try:
-        values = jsonlib.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(values, dict) and values.get("model_type") == MODEL_TYPE
+    return peek_json(path / "config.json").get("model_type") == MODEL_TYPE
 
 
 def describe_generator(path: Path, json: bool) -> None:

@@ -7,7 +7,6 @@ prompts are embedded as they are, without "A photo depicts".
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +17,7 @@ from qlip_core.errors import DataError
 from qlip_core.evaluation.protocol import weights_fingerprint
 from qlip_core.hub import find_model
 from qlip_core.model import Model
+from qlip_core.strict import peek_json
 
 DEFINITION = "mean over pictures of max(cosine, 0), prompts as they are"
 
@@ -78,11 +78,6 @@ def is_plain_clip(source: str | Path) -> bool:
     Raises CheckpointError for what is not there.
     """
     found = find_model(source)
-    config = (found if found.is_dir() else found.parent) / "config.json"
-    try:
-        values = json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # opening it as a QLIP says what is wrong
-    if not isinstance(values, dict) or values.get("model_type") != "clip":
-        return False
-    return "decoder_config" not in values
+    # Of a config that cannot be read, opening it as a QLIP says what is wrong.
+    values = peek_json((found if found.is_dir() else found.parent) / "config.json")
+    return values.get("model_type") == "clip" and "decoder_config" not in values

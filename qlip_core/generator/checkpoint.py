@@ -16,7 +16,7 @@ from qlip_core.generator.architecture import architecture, diff_tensors
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.sampling import Sampling
 from qlip_core.hub import find_model
-from qlip_core.tensorfile import TensorFile
+from qlip_core.tensorfile import TensorFiles
 
 FOLDER = "generator"  # inside a tokenizer's folder
 
@@ -27,39 +27,29 @@ class GeneratorCheckpoint:
 
     config: GeneratorConfig
     folder: Path
-    files: Mapping[str, TensorFile]  # by name of the tensor
+    files: TensorFiles
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits of the config, but for how it is sampled, and of all tensors."""
         config = replace(self.config, sampling=Sampling())
         digest = hashlib.sha256(config.to_json().encode())
-        for name, file in sorted(self.files.items()):
+        for name in sorted(self.files.names):
             digest.update(name.encode())
-            digest.update(np.ascontiguousarray(file.float32(name), "<f4").data)
+            digest.update(np.ascontiguousarray(self.files.float32(name), "<f4").data)
         return digest.hexdigest()[:32]
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All tensors, float32. Raises CheckpointError for NaN or infinite values."""
-        return {name: self._tensor(name) for name in architecture(self.config)}
-
-    def _tensor(self, name: str) -> np.ndarray:
-        file = self.files[name]
-        values = file.float32(name)
-        if not np.isfinite(values).all():
-            bad = int(values.size - np.isfinite(values).sum())
-            raise CheckpointError(
-                f"{file.path}: tensor {name} has {bad} values that are NaN or infinite"
-            )
-        return values
+        return {name: self.files.float32(name) for name in architecture(self.config)}
 
 
 def open_generator(named: str | Path) -> GeneratorCheckpoint:
     """Open a generator's folder; reads headers only.
 
     `named`: that folder, or a model with a generator in it, as `qlip_core.hub.find_model` takes it.
-    Raises ConfigError or CheckpointError; the latter lists every tensor that is missing, unexpected or
-    of another shape.
+    Raises ConfigError or CheckpointError; the latter lists the tensors that are missing, unexpected or of
+    another shape, up to 100 of each kind.
     """
     folder = find_model(named)
     if not folder.is_dir():
@@ -67,17 +57,8 @@ def open_generator(named: str | Path) -> GeneratorCheckpoint:
     if (folder / FOLDER).is_dir():
         folder = folder / FOLDER
     config = GeneratorConfig.from_file(folder / "config.json")
-    files: dict[str, TensorFile] = {}
-    for path in weight_files(folder):
-        file = TensorFile(path)
-        for name in file.entries:
-            if name in files:
-                first = files[name].path.name
-                raise CheckpointError(f"{folder}: tensor {name} is in {first} and in {path.name}")
-            files[name] = file
-    shapes = {name: file.entries[name].shape for name, file in files.items()}
-    if problem := diff_tensors(config, shapes):
-        raise CheckpointError(f"{folder}: the weights do not fit the config: {problem}")
+    files = TensorFiles(weight_files(folder), folder)
+    files.check_fit(diff_tensors(config, files.shapes), architecture(config))
     return GeneratorCheckpoint(config, folder, files)
 
 
