@@ -74,6 +74,10 @@ class QuantizerConfig:
                 "l2_norm=false is not a binary *spherical* quantizer: "
                 "only codes on the unit sphere are supported"
             )
+        if not self.soft_entropy:
+            raise ConfigError(
+                "soft_entropy=false is another loss: only the entropies of the soft assignment are supported"
+            )
 
 
 @dataclass(frozen=True)
@@ -433,8 +437,6 @@ def _preset(
     size: int,
     text: TextConfig,
     projection: int,
-    bits: int = 28,
-    group: int = 14,
 ) -> QLIPConfig:
     tower: dict[str, Any] = {
         "hidden_size": width,
@@ -457,7 +459,7 @@ def _preset(
             quantizer="bsq",
             quantizer_l2_norm=True,
             quantizer_embed_type="mlp",
-            quantizer_cfg=QuantizerConfig(embed_dim=bits, group_size=group, input_format="blc"),
+            quantizer_cfg=QuantizerConfig(embed_dim=28, group_size=14, input_format="blc"),
         ),
         decoder_config=VisionConfig(**tower),
         projection_dim=projection,

@@ -189,25 +189,28 @@ class Model:
         if isinstance(texts, np.ndarray) and texts.dtype.kind in "iu":
             ids = check_ids(texts, self.config.text_config)
         else:
-            ids = self.tokenize(texts)
+            ids = self.tokenize(texts, batch_size=batch_size)
         rows = [self.network.embed_texts(batch) for batch in slices(ids, batch_size)]
         return _unit(np.concatenate([*rows, np.empty((0, self.config.projection_dim), np.float32)]))
 
-    def tokenize(self, texts: Texts) -> np.ndarray:
+    def tokenize(self, texts: Texts, *, batch_size: int = 4 * DEFAULT_BATCH) -> np.ndarray:
         """int64 [B, max_position_embeddings]: start token, text, end token, padding."""
+        check_batch_size(batch_size)
         if self.checkpoint.tokenizer is None:
             raise TextError(
                 f"{self.checkpoint.folder}: no tokenizer files (tokenizer.json, or vocab.json and "
                 "merges.txt), so it takes token ids only, not strings"
             )
-        return self.checkpoint.tokenizer([texts] if isinstance(texts, str) else list(texts))
+        each = [texts] if isinstance(texts, str) else list(texts)
+        starts = range(0, max(1, len(each)), batch_size)
+        return np.concatenate([self.checkpoint.tokenizer(each[i : i + batch_size]) for i in starts])
 
     def similarity(
         self, images: Images, texts: Texts, *, batch_size: int = DEFAULT_BATCH
     ) -> np.ndarray:
         """Logits float32 [B, T]: exp(logit_scale) times the cosine."""
         image = self.embed_images(images, batch_size=batch_size)
-        return self.logit_scale * image @ self.embed_texts(texts).T
+        return self.logit_scale * image @ self.embed_texts(texts, batch_size=batch_size).T
 
     def classify(
         self,
@@ -221,11 +224,17 @@ class Model:
 
         A label's embedding is the mean over `templates` ("a photo of {}"), brought to unit length.
         """
-        classes = self.embed_labels(labels, templates)
+        classes = self.embed_labels(labels, templates, batch_size=batch_size)
         logits = self.logit_scale * self.embed_images(images, batch_size=batch_size) @ classes.T
         return softmax(logits)
 
-    def embed_labels(self, labels: Sequence[str], templates: Sequence[str] = ("{}",)) -> np.ndarray:
+    def embed_labels(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str] = ("{}",),
+        *,
+        batch_size: int = 4 * DEFAULT_BATCH,
+    ) -> np.ndarray:
         """float32 [T, projection_dim]: each label in all templates, averaged, unit length."""
         if isinstance(labels, str) or not len(labels):
             raise TextError("labels must be a non-empty list of strings")
@@ -235,7 +244,8 @@ class Model:
             if "{}" not in template:
                 raise TextError(f'template "{template}" has no {{}} for the label to stand in')
         texts = [template.replace("{}", label) for label in labels for template in templates]
-        embedded = self.embed_texts(texts).reshape(len(labels), len(templates), -1)
+        embedded = self.embed_texts(texts, batch_size=batch_size)
+        embedded = embedded.reshape(len(labels), len(templates), -1)
         return _unit(embedded.mean(1))
 
     @property

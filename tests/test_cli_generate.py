@@ -14,8 +14,8 @@ from configurations import random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_cli.classify import read_lines
 from qlip_cli.generate import check_sheet, picture_names, sheet_of
+from qlip_cli.inputs import read_lines
 from qlip_cli.outputs import save_picture
 from qlip_cli.provenance import text_chunks
 from qlip_core.evaluation import read_prompts

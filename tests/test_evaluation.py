@@ -366,8 +366,17 @@ def test_linear_probe(model: qlip.Model) -> None:
     result = evaluate_linear_probe(model, train, test)
     assert set(result.scores) == {"accuracy, cls", "accuracy, patches", "accuracy, both"}
     assert result.scores["accuracy, patches"] == 1.0
-    again = evaluate_linear_probe(model, train, test, batch_size=5)
+    read = []
+
+    class Told(ExampleList):
+        def __iter__(self):
+            read.append(self.name)
+            return super().__iter__()
+
+    told = Told(train.name, train.examples)
+    again = evaluate_linear_probe(model, told, test, batch_size=5)
     assert again.scores == result.scores and again.protocol == result.protocol
+    assert read == [train.name]  # once: it may be that its pictures are rendered as they are read
     lot = [replace(e, label=str(i * 7 % 11 % 3)) for i, e in enumerate(train.examples)]
     mixed = ExampleList("mixed", lot)
     tested = ExampleList(

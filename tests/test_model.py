@@ -156,6 +156,30 @@ def test_embeddings_and_probabilities(model: Model, pictures: list[Path]) -> Non
     np.testing.assert_allclose(two[0], mean / np.linalg.norm(mean), atol=1e-6)
 
 
+def test_texts_are_cut_to_batches(
+    model: Model, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a cat", "a dog", "pizza", "in a can", "a cat"]
+    whole, ids = model.similarity(pictures[:1], texts), model.tokenize(texts)
+    sizes: list[int] = []
+    embed, tokenizer = model.network.embed_texts, model.checkpoint.tokenizer
+    assert tokenizer is not None
+
+    def counted(rows):
+        sizes.append(len(rows))
+        return embed(rows) if isinstance(rows, np.ndarray) else tokenizer(rows)
+
+    monkeypatch.setattr(model.network, "embed_texts", counted)
+    monkeypatch.setattr(model.checkpoint, "tokenizer", counted)
+    assert (model.tokenize(texts, batch_size=2) == ids).all() and sizes == [2, 2, 1]
+    assert model.tokenize([]).shape == (0, ids.shape[1])
+    np.testing.assert_allclose(
+        model.similarity(pictures[:1], texts, batch_size=2), whole, atol=1e-4
+    )
+    model.classify(pictures[:1], texts[:2], templates=["{}", "a {}"], batch_size=3)
+    assert max(sizes) == 3
+
+
 def test_texts_that_do_not_fit(model: Model, official: Path) -> None:
     with pytest.raises(TextError, match="no tokenizer files"):
         qlip.load(official, backend="numpy").embed_texts("a cat")

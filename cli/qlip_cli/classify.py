@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.inputs import Failures, collect_images, read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Json, ModelName, Revision
 from qlip_cli.terminal import print_bars, print_json, print_line, print_table, progress
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qlip_core import Model
 
 _CHARTS = 10  # images; more are one line each
 
@@ -52,7 +55,7 @@ def classify(
     files = collect_images(images)
     choices = collect_labels(labels or [], labels_file)
     network = options.load_model(model, revision, backend, device, dtype)
-    classes = network.embed_labels(choices, template or ["{}"])
+    classes = embed(network, choices, template or ["{}"], 4 * batch_size)
 
     from qlip_core.model import softmax
 
@@ -91,6 +94,20 @@ def classify(
     raise typer.Exit(failures.exit_code())
 
 
+def embed(network: Model, labels: list[str], templates: list[str], batch_size: int) -> np.ndarray:
+    """`Model.embed_labels` with a bar that counts the labels."""
+    import numpy as np
+
+    step = max(1, batch_size // len(templates))
+    rows = []
+    with progress("embedding labels", len(labels)) as advance:
+        for start in range(0, len(labels), step):
+            some = labels[start : start + step]
+            rows.append(network.embed_labels(some, templates, batch_size=batch_size))
+            advance(len(some))
+    return np.concatenate(rows)
+
+
 def collect_labels(given: list[str], file: Path | None) -> list[str]:
     """All labels once, in order. Raises TextError if there are none, or the file cannot be read."""
     from qlip_core.errors import TextError
@@ -102,20 +119,3 @@ def collect_labels(given: list[str], file: Path | None) -> list[str]:
     if not labels:
         raise TextError('no labels: give them with --labels "a cat,a dog" or --labels-file FILE')
     return labels
-
-
-def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, or with "-" of stdin, that are not empty, stripped. Raises TextError if it is no
-    text file."""
-    from qlip_core.errors import TextError
-
-    try:
-        if path == Path("-") and sys.stdin is None:
-            raise TextError("-: standard input is closed")
-        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
-        lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise TextError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise TextError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
-    return [line.strip() for line in lines if line.strip()]

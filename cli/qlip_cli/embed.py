@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli import options
-from qlip_cli.classify import read_lines
-from qlip_cli.inputs import Failures, collect_images
+from qlip_cli.inputs import Failures, collect_images, read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import output_file, writing
 from qlip_cli.terminal import count_text, print_json, print_line, progress
@@ -66,24 +65,26 @@ def embed(
 
     import numpy as np
 
-    # Texts first: that a checkpoint has no tokenizer is known before any image is read.
-    text_vectors = network.embed_texts(texts, batch_size=4 * batch_size) if texts else None
     failures = Failures(files)
     rows: list[np.ndarray] = []
+    text_rows: list[np.ndarray] = []
     names: list[str] = []
-    with progress("embedding", len(files)) as advance:
+    with progress("embedding", count) as advance:
+        # Texts first: that a checkpoint has no tokenizer is known before any image is read.
+        for start in range(0, len(texts), 4 * batch_size):
+            some = texts[start : start + 4 * batch_size]
+            text_rows.append(network.embed_texts(some, batch_size=len(some)))
+            advance(len(some))
         for positions, pixels in network.batches([f.path for f in files], batch_size, failures):
             rows.append(network.embed_images(pixels, batch_size=batch_size))
             names += [files[i].name for i in positions]
             advance(len(positions))
     kinds = ["image"] * len(names)
-    if text_vectors is None:
+    if not texts:
         failures.check_some_left()
-    else:
-        rows.append(text_vectors)
-        names += texts
-        kinds += ["text"] * len(texts)
-    vectors = np.concatenate(rows)
+    names += texts
+    kinds += ["text"] * len(texts)
+    vectors = np.concatenate([*rows, *text_rows])
 
     if not outputs:
         items = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli import options
-from qlip_cli.classify import read_lines
+from qlip_cli.inputs import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.outputs import output_file, save_picture, writing
 from qlip_cli.terminal import (

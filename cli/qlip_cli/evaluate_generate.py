@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.classify import read_lines
 from qlip_cli.evaluate import (
     BUNDLED,
     EMOJI,
@@ -23,6 +22,7 @@ from qlip_cli.evaluate import (
     stored,
 )
 from qlip_cli.generate import cuts_told, facts_of, settings_of
+from qlip_cli.inputs import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.outputs import picture_file, save_picture
 from qlip_cli.provenance import text_chunks

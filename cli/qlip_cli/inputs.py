@@ -1,16 +1,21 @@
-"""From arguments to images: files, folders and globs; and what to do with those that are bad."""
+"""From arguments to images and lines of text; and what to do with images that are bad."""
 
 from __future__ import annotations
 
 import glob
 import os
+import re
 import stat
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlip_cli.terminal import note
+
+if TYPE_CHECKING:
+    from qlip_core.errors import ImageError
 
 
 def standard_input() -> str:
@@ -29,8 +34,21 @@ def standard_input() -> str:
     return path
 
 
-if TYPE_CHECKING:
-    from qlip_core.errors import ImageError
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, or with "-" of stdin, that are not empty, stripped. Raises TextError if it is
+    no text file."""
+    from qlip_core.errors import TextError
+
+    try:
+        if path == Path("-") and sys.stdin is None:
+            raise TextError("-: standard input is closed")
+        data = sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+        lines = re.split("\r\n|\r|\n", data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise TextError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise TextError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
+    return [line.strip() for line in lines if line.strip()]
 
 
 @dataclass(frozen=True, slots=True)

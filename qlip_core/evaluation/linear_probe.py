@@ -15,7 +15,6 @@ from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Examples, batches, check_some
 from qlip_core.evaluation.logistic import fit
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol
-from qlip_core.evaluation.zero_shot import labels_of
 from qlip_core.loading import DEFAULT_BATCH
 from qlip_core.model import Model
 
@@ -45,27 +44,30 @@ def evaluate_linear_probe(
     unknown = [name for name in features if name not in FEATURES]
     if unknown or not features:
         raise ValueError(f"features {list(features)}: choose from {', '.join(FEATURES)}")
-    classes = labels_of(train)
+    reference = ReferenceHash()
+    fitted = _extract(model, train, None, batch_size, reference, progress)
+    classes = sorted(set(fitted.said))
     if len(classes) < 2:
         raise DataError(
             f"{train.name}: {len(classes)} classes with labels; a probe needs 2 or more"
         )
+    held = _extract(model, test, classes, batch_size, reference, progress)
     number = {name: i for i, name in enumerate(classes)}
-    reference = ReferenceHash()
-    fitted = _extract(model, train, number, batch_size, reference, progress)
-    held = _extract(model, test, number, batch_size, reference, progress)
+    labels, test_labels = (
+        np.array([number[name] for name in each.said]) for each in (fitted, held)
+    )
 
     scores: dict[str, float | None] = {}
     details = {}
     for name in features:
         x, x_test = _chosen(fitted.states, name), _chosen(held.states, name)
-        l2, tried = choose_l2(x, fitted.labels, len(classes))
-        probe = fit(x, fitted.labels, len(classes), l2)
-        scores[f"accuracy, {name}"] = probe.accuracy(x_test, held.labels)
+        l2, tried = choose_l2(x, labels, len(classes))
+        probe = fit(x, labels, len(classes), l2)
+        scores[f"accuracy, {name}"] = probe.accuracy(x_test, test_labels)
         details[name] = {
             "l2": l2,
             "validation_accuracy": {str(k): v for k, v in tried.items()},
-            "train_accuracy": probe.accuracy(x, fitted.labels),
+            "train_accuracy": probe.accuracy(x, labels),
         }
     broken = fitted.broken
     broken.include(held.broken.to_dict())
@@ -73,11 +75,11 @@ def evaluate_linear_probe(
         model,
         "linear probe",
         f"{train.name} -> {test.name}",
-        len(held.labels),
+        len(held.said),
         reference.hexdigest(),
         uses_text=False,
         settings={
-            "train_count": len(fitted.labels),
+            "train_count": len(fitted.said),
             "classes": len(classes),
             "layer": "last, before post_layernorm",
             "l2": list(L2),
@@ -110,36 +112,38 @@ def choose_l2(
 @dataclass(frozen=True)
 class _Extracted:
     states: np.ndarray  # float32 [n, 2, D]: CLS, mean of patches
-    labels: np.ndarray  # int64 [n]
+    said: list[str]  # the label of each
     broken: Tally
 
 
 def _extract(
     model: Model,
     examples: Examples,
-    number: dict[str, int],
+    classes: Sequence[str] | None,
     batch_size: int,
     reference: ReferenceHash,
     progress: Callable[[int], None] | None,
 ) -> _Extracted:
     broken = Tally()
     states, labels = [], []
+    known = None if classes is None else set(classes)
     for chunk, pixels in batches(model, examples, batch_size, broken):
         for example in chunk:
-            if example.label not in number:
-                said = (
-                    f"label {example.label!r} is not in training" if example.label else "no label"
+            if not example.label:
+                raise DataError(f"{examples.name}: {example.key}: no label")
+            if known is not None and example.label not in known:
+                raise DataError(
+                    f"{examples.name}: {example.key}: label {example.label!r} is not in training"
                 )
-                raise DataError(f"{examples.name}: {example.key}: {said}")
         said = [example.label for example in chunk]
         reference.add(model.preprocessing.to_images(pixels), said)
         hidden = model.hidden_states(pixels, -1, batch_size=batch_size)  # [b, N+1, D]
         states.append(np.stack([hidden[:, 0], hidden[:, 1:].mean(1)], axis=1))
-        labels += [number[label] for label in said]
+        labels += said
         if progress is not None:
             progress(len(chunk))
     check_some(len(labels), examples, broken)
-    return _Extracted(np.concatenate(states), np.array(labels), broken)
+    return _Extracted(np.concatenate(states), labels, broken)
 
 
 def _chosen(states: np.ndarray, name: str) -> np.ndarray:
