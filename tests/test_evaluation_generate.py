@@ -24,7 +24,14 @@ from qlip_core.data.scenes import (
     held_out_combinations,
     is_held_out_combination,
 )
-from qlip_core.errors import CheckpointError, DataError, GenerationError, QlipError, TextError
+from qlip_core.errors import (
+    BackendError,
+    CheckpointError,
+    DataError,
+    GenerationError,
+    QlipError,
+    TextError,
+)
 from qlip_core.evaluation import (
     Example,
     ExampleList,
@@ -41,6 +48,7 @@ from qlip_core.evaluation.clip_score import QlipTowers, clip_scores, is_plain_cl
 from qlip_core.evaluation.fid import Gaussian, frechet_distance
 from qlip_core.evaluation.generation import TOP1, TOP5
 from qlip_core.evaluation.grid import _broken, _cut, draw_sheet
+from qlip_core.evaluation.learned import learned_metrics
 from qlip_core.evaluation.prompts import captions_of
 from qlip_core.evaluation.protocol import text_hash, weights_fingerprint
 from qlip_core.generator.architecture import init_weights
@@ -624,6 +632,11 @@ def test_eval_generate_by_another_judge(
         (["--grid", "a.gif"], "a.gif: pictures are written as one of"),
         (["--out", "there.png"], "there.png: exists and is not a folder"),
         (["absent"], "absent"),
+        (["absent", "--out", "made/here"], "absent"),
+        (
+            ["--out", "one.txt/results"],
+            "one.txt/results: cannot be written, one.txt is not a folder",
+        ),
     ],
 )
 def test_bad_input_is_one_line(
@@ -639,6 +652,13 @@ def test_bad_input_is_one_line(
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith("error: ") and message in captured.err
+    assert not Path("made").exists()
+
+
+def test_what_needs_torch_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlip_core.evaluation.learned.is_installed", lambda name: False)
+    with pytest.raises(BackendError, match=r"^FID needs torch: pip install 'qlip\[torch\]'$"):
+        learned_metrics("FID needs torch")
 
 
 def test_a_model_without_a_generator(official: Path, capsys: pytest.CaptureFixture[str]) -> None:

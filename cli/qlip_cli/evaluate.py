@@ -11,22 +11,20 @@ import typer
 from qlip_cli import options
 from qlip_cli.inputs import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
-from qlip_cli.outputs import output_file, save_picture, writing
-from qlip_cli.terminal import (
-    note,
-    print_facts,
-    print_json,
-    print_line,
-    print_table,
-    progress,
+from qlip_cli.results import (
+    EMOJI,
+    ModelArgument,
+    Out,
+    Saving,
+    count_of,
+    metrics_of,
+    show,
+    stored,
 )
+from qlip_cli.terminal import print_json, print_table, progress
 
 if TYPE_CHECKING:
-    from qlip_core import Model
-    from qlip_core.evaluation import Examples, Result
-
-BUNDLED = "bundled"
-EMOJI = "emoji"
+    from qlip_core.evaluation import Examples
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -36,30 +34,12 @@ app = typer.Typer(
     epilog="Example: qlip eval recon bundled emoji",
 )
 
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        show_default=False,
-        help='Folder, .safetensors file, hub id, or "bundled" (the model that ships with qlip).',
-    ),
-]
 DataArgument = Annotated[
     str,
     typer.Argument(
         metavar="DATA",
         show_default=False,
         help='Folder of images, shards ("x/{000..099}.tar"), parquet, or "emoji".',
-    ),
-]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        metavar="DIR",
-        show_default=False,
-        help="Folder for the results as JSON (and the picture).",
     ),
 ]
 Limit = Annotated[
@@ -108,13 +88,13 @@ def recon(
     With --out, also a picture of the best, the median and the worst reconstructions.
     """
     saving = Saving(out, ["reconstruction"], force, picture=shown > 0)
-    network = load(model, revision, backend, device, dtype)
+    network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import evaluate_reconstruction
     from qlip_core.evaluation.emoji import HELD_OUT, reconstruction_examples
 
     where = network.device if network.backend == "torch" else "cpu"
-    metrics = learned_metrics(lpips, inception, where)
+    metrics = metrics_of(lpips, inception, where)
     if data == EMOJI:
         examples: Examples = reconstruction_examples(network.config.image_size, limit or HELD_OUT)
     else:
@@ -164,7 +144,7 @@ def zero_shot(
         names = ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"]
     saving = Saving(out, names, force)
     said = read_lines(templates) if templates is not None else ["{}"]
-    network = load(model, revision, backend, device, dtype)
+    network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot
 
@@ -217,7 +197,7 @@ def retrieval(
     names = ["seen-names", "zero-shot-unseen-names"] if data == EMOJI else ["retrieval"]
     files = [f"retrieval-{name}" if data == EMOJI else name for name in names]
     saving = Saving(out, files, force)
-    network = load(model, revision, backend, device, dtype)
+    network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_retrieval
 
@@ -269,7 +249,7 @@ def linear_probe(
     tested on held-out ones.
     """
     saving = Saving(out, ["linear-probe"], force)
-    network = load(model, revision, backend, device, dtype)
+    network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import evaluate_linear_probe
     from qlip_core.evaluation.emoji import HELD_OUT, probe_examples
@@ -323,140 +303,3 @@ def compare(
         [(name, score_text(name, x), score_text(name, y)) for name, x, y in rows],
         ("score", str(first), str(second)),
     )
-
-
-# -- what the commands share -------------------------------------------------------------------
-
-
-def load(
-    model: str,
-    revision: str | None,
-    backend: str,
-    device: str,
-    dtype: str,
-    generator: Path | None = None,
-) -> Model:
-    return options.load_model(model, revision, backend, device, dtype, generator)
-
-
-def stored(data: str, limit: int | None, classes: Path | None = None) -> Examples:
-    from qlip_core.evaluation import StoredExamples
-    from qlip_core.evaluation.examples import read_classes
-
-    return StoredExamples(data, limit, {} if classes is None else read_classes(classes))
-
-
-def count_of(examples: Examples) -> int | None:
-    return getattr(examples, "count", None) or getattr(examples, "limit", None)
-
-
-def learned_metrics(lpips: str | None, inception: str | None, device: str) -> tuple:
-    """The learned metrics asked for, or None; they need torch, whatever runs the model."""
-    if lpips is None and inception is None:
-        return None, None
-    from qlip_core.errors import BackendError
-
-    try:
-        from qlip_torch.evaluation import inception_features, lpips_metric
-    except ImportError:
-        raise BackendError("LPIPS and FID need torch: pip install 'qlip[torch]'") from None
-    return (
-        None if lpips is None else lpips_metric(lpips, device),
-        None if inception is None else inception_features(inception, device),
-    )
-
-
-class Saving:
-    """The files of `--out`: checked before any work, written at the end."""
-
-    def __init__(
-        self, folder: Path | None, names: Sequence[str], force: bool, *, picture: bool = False
-    ) -> None:
-        self.folder = folder
-        self.files: dict[str, Path] = {}
-        self.picture: Path | None = None
-        if folder is None:
-            return
-        from qlip_core.errors import QlipError
-
-        if folder.exists() and not folder.is_dir():
-            raise QlipError(f"{folder}: exists and is not a folder; name another with --out")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            self.files[name] = output_file(folder / f"{name}.json", "", force=force)
-        if picture:
-            self.picture = output_file(folder / f"{names[0]}.png", "", force=force)
-
-    def write(self, name: str, result: Result) -> None:
-        if self.folder is None:
-            return
-        import json
-
-        from qlip_core.files import atomic_file
-
-        text = json.dumps(result.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        with writing(self.files[name]), atomic_file(self.files[name]) as file:
-            file.write(text.encode())
-        if self.picture is not None and result.grid is not None:
-            save_picture(self.picture, result.grid)
-
-
-def show(
-    results: Sequence[tuple[str, Result]],
-    saving: Saving,
-    json: bool,
-    pictures: Sequence[Path] = (),
-) -> None:
-    """Results on stdout, their files, what was broken on stderr; exit 1 if anything was."""
-    for name, result in results:
-        saving.write(name, result)
-    if json:
-        print_json({"results": [{"name": name} | result.to_dict() for name, result in results]})
-    else:
-        for number, (_, result) in enumerate(results):
-            if number:
-                print_line("")
-            protocol = result.protocol
-            print_line(f"{protocol.task}: {protocol.dataset}")
-            print_facts(
-                [
-                    ("images", f"{protocol.count:,}"),
-                    *result.rows(),
-                    *_judges(result),
-                    ("model", f"{protocol.model_name} ({protocol.model})"),
-                    ("run on", f"{protocol.backend}, {protocol.device}, {protocol.dtype}"),
-                    *_drawn(result),
-                    ("reference", protocol.reference[:16]),
-                ],
-                indent=2,
-            )
-        for path in (*saving.files.values(), saving.picture, *pictures):
-            if path is not None and path.exists():
-                print_line(str(path))
-    broken = 0
-    for _, result in results:
-        counts = result.failed.get("counts", {})
-        broken += sum(counts.values())
-        for text in result.failed.get("named", []):
-            note(f"broken: {text}")
-    if broken:
-        note(f"{broken} examples could not be used")
-    raise typer.Exit(1 if broken else 0)
-
-
-def _judges(result: Result) -> list[tuple[str, str]]:
-    """Who or what gave the scores of drawn pictures, and why one is absent."""
-    judged, left_out = (result.details.get(key, {}) for key in ("judged_by", "left_out"))
-    said = [(f"{name} by", str(who)) for name, who in judged.items()]
-    return said + [("left out", f"{name}: {why}") for name, why in left_out.items()]
-
-
-def _drawn(result: Result) -> list[tuple[str, str]]:
-    """What drew the pictures, and how, where they were drawn."""
-    facts, settings = dict(result.protocol.drawn_by), result.protocol.settings
-    if not facts:
-        return []
-    who = f"{facts.pop('generator_name')} ({facts.pop('generator')})"
-    how = {"seed": settings["seed"], "of each prompt": settings["pictures_of_each_prompt"]} | facts
-    return [("generator", who), ("drawn with", ", ".join(f"{k} {v}" for k, v in how.items()))]

@@ -9,23 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.evaluate import (
-    BUNDLED,
-    EMOJI,
-    ModelArgument,
-    Out,
-    Saving,
-    count_of,
-    learned_metrics,
-    load,
-    show,
-    stored,
-)
 from qlip_cli.generate import cuts_told, facts_of, settings_of
 from qlip_cli.inputs import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.outputs import picture_file, save_picture
 from qlip_cli.provenance import text_chunks
+from qlip_cli.results import (
+    EMOJI,
+    ModelArgument,
+    Out,
+    Saving,
+    count_of,
+    metrics_of,
+    show,
+    stored,
+)
 from qlip_cli.terminal import note, progress
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ _SHEET = 400  # pictures on a sheet: more would be no picture to look at, and mu
 
 
 def evaluate_generate(
-    model: ModelArgument = BUNDLED,
+    model: ModelArgument = "bundled",
     data: Annotated[
         str,
         typer.Argument(
@@ -137,7 +135,7 @@ def evaluate_generate(
     if names is not None and not among:
         raise DataError(f"{names}: no names in it")
     sets: list[PromptSet] = [] if prompts is None else [read_prompts(prompts, among)]
-    network = load(model, revision, backend, device, dtype, generator)
+    network = options.load_model(model, revision, backend, device, dtype, generator)
     sampling = settings_of(
         network, temperature, top_k, top_p, cfg_scale, cfg_schedule, cfg_interval
     )
@@ -149,7 +147,7 @@ def evaluate_generate(
 
     where = network.device if network.backend == "torch" else "cpu"
     towers = None if clip is None else _towers(clip, backend, device, where)
-    _, features = learned_metrics(None, inception, where)
+    _, features = metrics_of(None, inception, where)
     real = None if features is None else _real(network, data, limit, features, batch_size)
     results: list[tuple[str, Result]] = []
     left = _SHEET if sheet is not None else 0
@@ -181,18 +179,13 @@ def _towers(source: str, backend: str, device: str, torch_device: str) -> Towers
     """Who CLIPScore is by: a QLIP, on the backend of the one that draws, or a CLIP, which needs torch."""
     from qlip_core.evaluation.clip_score import QlipTowers, is_plain_clip
 
-    if source == BUNDLED or not is_plain_clip(source):
-        return QlipTowers(load(source, None, backend, device, "float32"))
-    from qlip_core.errors import BackendError
+    if not is_plain_clip(source):
+        return QlipTowers(options.load_model(source, None, backend, device, "float32"))
+    from qlip_core.evaluation.learned import learned_metrics
 
-    try:
-        from qlip_torch.clip import clip_towers
-    except ImportError:
-        raise BackendError(
-            f"{source}: a CLIP that is no QLIP needs torch and transformers: pip install 'qlip[t5]'"
-        ) from None
     options.quiet_hub()
-    return clip_towers(source, torch_device)
+    needs = f"{source}: a CLIP that is no QLIP needs torch and transformers"
+    return learned_metrics(needs, "t5").clip(source, torch_device)
 
 
 def _real(

@@ -28,19 +28,43 @@ def output_file(
     regular file, or lies in a folder that is absent or cannot be written to. A link stands for what it
     leads to.
     """
-    from qlip_core.errors import QlipError
-
     path = Path(default) if out is None else out / default if out.is_dir() else out
-    if path.is_dir():
-        raise QlipError(f"{path}: is a folder; name a file with -o")
-    check_regular(path)
-    if path.exists():
-        if any(same_file(path, given) for given in inputs):
-            raise QlipError(f"{path}: is one of the inputs; name another output with -o")
-        if not force:
-            raise QlipError(f"{path}: exists already; name another with -o, or overwrite: --force")
+    check_free(path, force=force, inputs=inputs)
     check_writable((path.resolve() if path.is_symlink() else path).parent, path)
     return path
+
+
+def check_free(
+    path: Path, *, force: bool, inputs: Iterable[str | Path] = (), option: str = "-o"
+) -> None:
+    """Raises QlipError for a file to write that exists (without `force`), is one of the inputs or no regular
+    file."""
+    from qlip_core.errors import QlipError
+
+    if path.is_dir():
+        raise QlipError(f"{path}: is a folder; name a file with {option}")
+    check_regular(path)
+    if not path.exists():
+        return
+    if any(same_file(path, given) for given in inputs):
+        raise QlipError(f"{path}: is one of the inputs; name another output with {option}")
+    if not force:
+        raise QlipError(
+            f"{path}: exists already; name another with {option}, or overwrite: --force"
+        )
+
+
+def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> None:
+    """Raises QlipError, before any work, where no folder can be made or written to. With `parents` the folders
+    above it may be absent, too."""
+    from qlip_core.errors import QlipError
+
+    if folder.exists() and not folder.is_dir():
+        raise QlipError(f"{folder}: exists and is not a folder; name another with {option}")
+    there = folder if folder.is_dir() else folder.parent
+    while parents and not there.exists():
+        there = there.parent
+    check_writable(there, folder, option)
 
 
 def check_regular(path: Path) -> None:
@@ -51,7 +75,7 @@ def check_regular(path: Path) -> None:
         raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
 
 
-def check_writable(folder: Path, path: Path) -> None:
+def check_writable(folder: Path, path: Path, option: str = "-o") -> None:
     """Raises QlipError if no file can be made in `folder` for the output `path`."""
     from qlip_core.errors import QlipError
 
@@ -64,7 +88,7 @@ def check_writable(folder: Path, path: Path) -> None:
     except OSError as error:
         raise QlipError(
             f"{path}: cannot be written, {_reason(error)} in the folder {folder}: "
-            "choose another with -o"
+            f"choose another with {option}"
         ) from None
 
 
@@ -180,13 +204,11 @@ class PictureFolder:
         from qlip_core.errors import QlipError
 
         self.folder, self.names = folder, names
-        if folder.exists() and not folder.is_dir():
-            raise QlipError(f"{folder}: exists and is not a folder; name another with -o")
         if folder.suffix.lower() in PICTURES and not folder.is_dir():
             raise QlipError(
                 f"{folder}: is the name of one picture, and these are {len(names)}: name a folder"
             )
-        check_writable(folder if folder.is_dir() else folder.parent, folder)
+        check_folder(folder)
         for name in names:
             target = folder / name
             if folder.is_dir() and not target.parent.resolve().is_relative_to(folder.resolve()):

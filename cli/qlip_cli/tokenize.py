@@ -12,7 +12,7 @@ import typer
 
 from qlip_cli import options
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import check_writable
+from qlip_cli.outputs import check_folder
 from qlip_cli.terminal import count_text, note, print_facts, print_json, progress, size_text
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def tokenize(
     0, which would else stop the other processes).
     """
     own_rank, processes = place(rank, world_size, os.environ)
-    check_out(output)
+    check_folder(output)
 
     from qlip_core.data.shards import Limits, open_source
     from qlip_core.data.tokenizing import tokenize as tokenize_set
@@ -148,15 +148,6 @@ def own_device(backend: str, device: str) -> str:
 
     gpus = [name for name in get_backend(backend).devices() if name.startswith("cuda:")]
     return gpus[int(local) % len(gpus)] if gpus else device
-
-
-def check_out(out: Path) -> None:
-    """Raises QlipError, before any work, where no folder `out` can be made or written to."""
-    from qlip_core.errors import QlipError
-
-    if out.exists() and not out.is_dir():
-        raise QlipError(f"{out}: exists and is not a folder; name another with -o")
-    check_writable(out if out.is_dir() else out.parent, out)
 
 
 # -- what is told ------------------------------------------------------------------------------

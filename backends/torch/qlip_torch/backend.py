@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from qlip_torch import generator
 from qlip_torch.model import QLIP, load
 from qlip_torch.sampler import TorchGenerator
 from qlip_torch.t5 import T5Encoder
+
+if TYPE_CHECKING:
+    from qlip_core.evaluation.clip_score import Towers
+    from qlip_core.evaluation.reconstruction import Features, PairMetric
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,6 +71,22 @@ class TorchBackend:
     def t5(self, name: str, length: int, device: str) -> T5Encoder:
         """FLAN-T5's encoder for captions of at most `length` tokens (qlip_core.generator.conditioning)."""
         return T5Encoder(name, length, self.devices()[0] if device == "auto" else device)
+
+    def lpips(self, weights: str, device: str) -> PairMetric:
+        """With the two below a `qlip_core.evaluation.learned.LearnedMetrics`."""
+        from qlip_torch.evaluation import lpips_metric
+
+        return lpips_metric(weights, device)
+
+    def inception(self, weights: str, device: str) -> Features:
+        from qlip_torch.evaluation import inception_features
+
+        return inception_features(weights, device)
+
+    def clip(self, source: str, device: str) -> Towers:
+        from qlip_torch.clip import clip_towers
+
+        return clip_towers(source, device)
 
 
 def on_device(
