@@ -115,6 +115,25 @@ def test_fingerprint_tells_models_apart(copy: Path) -> None:
     assert qlip.open_checkpoint(copy).fingerprint != before
 
 
+def test_a_digest_covers_every_value(copy: Path) -> None:
+    def told() -> tuple[str, str]:
+        checkpoint = qlip.open_checkpoint(copy)
+        return checkpoint.visual_digest, checkpoint.digest
+
+    def touch(name: str) -> None:
+        def change(tensors: dict) -> None:
+            tensors[name] = tensors[name].copy()
+            tensors[name].reshape(-1)[-1] += np.float32(1e-4)
+
+        rewrite(copy, change)
+
+    visual, whole = told()
+    touch("text_projection.weight")
+    assert told()[0] == visual and told()[1] != whole
+    touch("vision_decoder.conv_out.weight")
+    assert told()[0] != visual
+
+
 def test_wrong_weights_are_named(copy: Path, official: Path) -> None:
     original = (copy / "model.safetensors").read_bytes()
 

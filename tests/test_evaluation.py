@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -33,7 +34,7 @@ from qlip_core.evaluation.bits import CodeUsage
 from qlip_core.evaluation.examples import Part, batches, read_classes
 from qlip_core.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
 from qlip_core.evaluation.logistic import fit
-from qlip_core.evaluation.protocol import ReferenceHash
+from qlip_core.evaluation.protocol import ReferenceHash, recipe_hash
 from qlip_core.evaluation.retrieval import recall
 from qlip_core.evaluation.zero_shot import rank_of
 from qlip_core.metrics import psnr, ssim
@@ -255,7 +256,8 @@ def test_reconstruction_scores(model: qlip.Model) -> None:
     digest.add(before)
     assert protocol.reference == digest.hexdigest()
     assert (protocol.count, protocol.backend, protocol.dtype) == (7, "numpy", "float32")
-    assert protocol.model == model.fingerprint and protocol.version == qlip.__version__
+    assert protocol.model == model.checkpoint.visual_digest and protocol.recipe_sha256 is None
+    assert protocol.version == qlip.__version__
     assert "centre crop 64x64" in protocol.preprocessing
     assert protocol.metrics["LPIPS"] == "mean absolute difference"
     # Three rows of two pairs, pixels doubled.
@@ -332,7 +334,7 @@ def test_zero_shot_is_classify(model: qlip.Model) -> None:
         of_class = right[np.array(truth) == i]
         assert result.details["classes"][name]["top-1"] == of_class.mean()
         assert result.details["classes"][name]["images"] == len(of_class)
-    assert result.protocol.model != model.fingerprint  # the text tower counts
+    assert result.protocol.model == model.checkpoint.digest  # the text tower counts
     with pytest.raises(DataError, match="'blue' is no class"):
         evaluate_zero_shot(model, examples, ["red", "green"])
     with pytest.raises(DataError, match="has no label"):
@@ -401,6 +403,11 @@ def test_results_of_one_protocol_compare_and_others_do_not(
     assert Result.load(file) == a
     # Another model, backend or name of the same pictures is what one compares.
     other = replace(a.protocol, model="x", backend="torch", dtype="bfloat16", dataset="elsewhere")
+    other = replace(other, recipe_sha256=recipe_hash(tmp_path))
+    assert other.recipe_sha256 is None  # as of a model that came without its recipe
+    (tmp_path / "recipe.toml").write_text("seed = 1\n")
+    other = replace(other, recipe_sha256=recipe_hash(tmp_path))
+    assert other.recipe_sha256 == hashlib.sha256(b"seed = 1\n").hexdigest()
     assert compare(a, replace(a, protocol=other))[0] == ("PSNR", a.scores["PSNR"], a.scores["PSNR"])
     more = evaluate_reconstruction(model, images, shown=0, lpips=Distance())
     assert ("LPIPS", None, more.scores["LPIPS"]) in compare(a, more)

@@ -7,14 +7,12 @@ prompts are embedded as they are, without "A photo depicts".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from qlip_core.errors import DataError
-from qlip_core.evaluation.protocol import weights_fingerprint
 from qlip_core.hub import find_model
 from qlip_core.model import Model
 from qlip_core.strict import peek_json
@@ -50,18 +48,14 @@ class QlipTowers:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.name = str(model.checkpoint.folder)
-        self.weights = weights_fingerprint(model)
-        self.protocol = f"QLIP's towers at {model.config.image_size} px, weights {self.weights}"
+        digest = model.checkpoint.digest
+        self.protocol = f"QLIP's towers at {model.config.image_size} px, weights {digest}"
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         return self._model.embed_images(list(images))
 
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         return self._model.embed_texts(texts)
-
-    def embed_classes(self, names: Sequence[str], templates: Sequence[str]) -> np.ndarray:
-        """float32 [C, P]: `Model.embed_labels`."""
-        return self._model.embed_labels(names, templates)
 
 
 def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:

@@ -116,7 +116,8 @@ def evaluate_generation(
         raise DataError(f"{prompts.name}: gFID needs 2 drawn pictures or more, got {total}")
     own = QlipTowers(model)
     judge = own if towers is None or towers.protocol == own.protocol else towers
-    measured = _Measured(own, judge, prompts, n, real, templates, shown)
+    classes = model.embed_labels(prompts.classes, templates) if prompts.classes else None
+    measured = _Measured(own, judge, prompts, n, real, classes, shown)
     texts = [prompt.text for prompt in prompts.prompts]
     for _, tokens in model.generate_batches(texts, sampling, seed=seed, n=n, batch_size=batch_size):
         measured.add(model.decode(tokens, batch_size=batch_size))
@@ -156,13 +157,13 @@ class _Measured:
         prompts: PromptSet,
         n: int,
         real: RealPictures | None,
-        templates: Sequence[str],
+        classes: np.ndarray | None,
         shown: int,
     ) -> None:
         self._own, self._judge, self._real = own, judge, real
         self._prompts, self._n, self._shown = prompts, n, shown
         self._number = {name: i for i, name in enumerate(prompts.classes)}
-        self._classes = own.embed_classes(prompts.classes, templates) if prompts.classes else None
+        self._classes = classes
         self._cosines: list[float] = []
         self._ranks: list[int] = []
         self._found: list[str] = []

@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 
 import qlip_core
-from qlip_core.architecture import architecture
 from qlip_core.errors import DataError, QlipError
 from qlip_core.model import Model
 
 # What is compared, and not how it is measured: these may differ between two results. So may what a
 # set is called, where its pictures and labels are the same.
-SUBJECT = ("dataset", "model", "model_name", "backend", "device", "dtype", "version", "drawn_by")
+SUBJECT = (
+    *("dataset", "model", "model_name", "recipe_sha256"),
+    *("backend", "device", "dtype", "version", "drawn_by"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Protocol:
     reference: str
     """SHA-256 of the images as the model sees them (uint8 [S, S, 3], in order) and of their labels."""
     model: str
-    """Fingerprint of the weights that the task uses."""
+    """Digest of the weights that the task uses, all of them (`Checkpoint.digest`, or of the visual towers)."""
     model_name: str
     backend: str
     device: str
@@ -52,6 +54,8 @@ class Protocol:
     """All else that changes the figures: templates, k, splits, the seed."""
     drawn_by: Mapping[str, Any] = field(default_factory=dict)
     """Of drawn pictures: fingerprints of the generator and its tokenizer, and how it was sampled."""
+    recipe_sha256: str | None = None
+    """Of the recipe.toml in the model's folder."""
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol in JSON types."""
@@ -97,7 +101,7 @@ def make_protocol(
     drawn_by: Mapping[str, Any] | None = None,
 ) -> Protocol:
     """The protocol of a measurement of `model`."""
-    size = model.config.image_size
+    checkpoint, size = model.checkpoint, model.config.image_size
     mean, std = model.preprocessing.mean, model.preprocessing.std
     return Protocol(
         task=task,
@@ -108,8 +112,8 @@ def make_protocol(
             f"mean {list(mean)}, std {list(std)}"
         ),
         reference=reference,
-        model=weights_fingerprint(model) if uses_text else model.fingerprint,
-        model_name=str(model.checkpoint.folder),
+        model=checkpoint.digest if uses_text else checkpoint.visual_digest,
+        model_name=str(checkpoint.folder),
         backend=model.backend,
         device=model.device,
         dtype=model.dtype,
@@ -117,17 +121,16 @@ def make_protocol(
         metrics=dict(metrics or {}),
         settings=dict(settings or {}),
         drawn_by=dict(drawn_by or {}),
+        recipe_sha256=recipe_hash(checkpoint.folder),
     )
 
 
-def weights_fingerprint(model: Model) -> str:
-    """32 hex digits of the visual towers (as token files have it) and the whole text tower."""
-    digest = hashlib.sha256(model.fingerprint.encode())
-    for name, spec in sorted(architecture(model.config).items()):
-        if spec.part == "text":
-            digest.update(name.encode())
-            digest.update(np.ascontiguousarray(model.checkpoint.tensor(name), "<f4").data)
-    return digest.hexdigest()[:32]
+def recipe_hash(folder: Path) -> str | None:
+    """SHA-256 of the recipe that training leaves in a model's folder; None where there is none."""
+    try:
+        return hashlib.sha256((folder / "recipe.toml").read_bytes()).hexdigest()
+    except OSError:
+        return None
 
 
 class ReferenceHash:
