@@ -6,7 +6,7 @@ import importlib.util
 import platform
 from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -68,7 +68,6 @@ class Network(Protocol):
         ...
 
 
-@runtime_checkable
 class Backend(Protocol):
     @property
     def name(self) -> str: ...
@@ -157,12 +156,12 @@ def choose_device(backend: Backend, device: str) -> str:
     return device
 
 
-def check_dtype(backend: Backend, dtype: str) -> str:
+def check_dtype(backend: Backend, dtype: str) -> None:
+    """Raises BackendError, listing those there are, for a dtype that the backend does not have."""
     if dtype not in backend.dtypes:
         raise BackendError(
             f'backend {backend.name} has no dtype "{dtype}"; it has: {", ".join(backend.dtypes)}'
         )
-    return dtype
 
 
 def _registered() -> dict[str, EntryPoint]:

@@ -67,6 +67,11 @@ def pack(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits.reshape(images, patches * length), axis=1)
 
 
+def packed_bytes(patches: int, length: int) -> int:
+    """Bytes of an image as `pack` writes it: ceil(N*L/8)."""
+    return (patches * length + 7) // 8
+
+
 def unpack(packed: np.ndarray, patches: int, length: int) -> np.ndarray:
     """Inverse of `pack`: uint8 [B, ceil(N*L/8)] -> uint8 0/1 [B, N, L]."""
     bits = np.unpackbits(packed, axis=1, count=patches * length)
@@ -144,8 +149,3 @@ def _binary_entropy(p: np.ndarray) -> np.ndarray:
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 * (1 + np.tanh(x / 2))
-
-
-def bit_usage(bits: np.ndarray) -> np.ndarray:
-    """Share of ones of each bit over all images and patches: float64 [L]; 0.5 is best."""
-    return bits.reshape(-1, bits.shape[-1]).mean(0, dtype=np.float64)

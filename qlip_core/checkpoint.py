@@ -121,9 +121,7 @@ class Checkpoint:
 
     @cached_property
     def preprocessing(self) -> Preprocessing:
-        path = self.folder / "preprocessor_config.json"
-        size = self.config.image_size
-        return Preprocessing.from_file(path, size) if path.is_file() else Preprocessing(size)
+        return Preprocessing.of_folder(self.folder, self.config.image_size)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:

@@ -19,6 +19,8 @@ from qlip_core.preprocessing import Preprocessing
 
 T = TypeVar("T")
 OnError = Callable[[int, ImageError], None]
+Progress = Callable[[int], None]
+"""Told, as work goes on, how many more are done."""
 DEFAULT_BATCH = 16
 
 

@@ -15,13 +15,14 @@ from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.errors import CheckpointError, QlipError, TextError, TokenFileError
 from qlip_core.generator.checkpoint import GeneratorCheckpoint
 from qlip_core.generator.config import GeneratorConfig
-from qlip_core.generator.generate import Progress, Request, TokenDrawer, merged
+from qlip_core.generator.generate import Request, TokenDrawer, merged
 from qlip_core.generator.load import find_generator, load_drawer, require_generator
 from qlip_core.generator.sampling import Sampling
 from qlip_core.images import ImageLike
 from qlip_core.loading import (
     DEFAULT_BATCH,
     OnError,
+    Progress,
     check_batch_size,
     pixel_batches,
     slices,
@@ -484,8 +485,7 @@ class Model:
 
     def _no_tokens(self) -> VisualTokens:
         config = self.config
-        row = (config.num_patches * config.code_dim + 7) // 8
-        empty = np.empty((0, row), np.uint8)
+        empty = np.empty((0, bsq.packed_bytes(config.num_patches, config.code_dim)), np.uint8)
         return VisualTokens(empty, config.code_dim, config.grid, self.fingerprint)
 
     def _check_pixels(self, pixels: np.ndarray) -> np.ndarray:

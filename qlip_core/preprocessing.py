@@ -29,6 +29,12 @@ class Preprocessing:
     std: tuple[float, ...] = CLIP_STD
 
     @classmethod
+    def of_folder(cls, folder: Path, size: int) -> Preprocessing:
+        """As the `preprocessor_config.json` in a model's folder says (`from_file`); CLIP's where it has none."""
+        path = folder / "preprocessor_config.json"
+        return cls.from_file(path, size) if path.is_file() else cls(size)
+
+    @classmethod
     def from_file(cls, path: Path, size: int) -> Preprocessing:
         """From a `preprocessor_config.json`, for a model of side `size`.
 

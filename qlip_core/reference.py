@@ -19,6 +19,7 @@ from qlip_core.bsq import quantize
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
+from qlip_core.text import pooled_position
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -220,17 +221,6 @@ def decode_states(w: Tensors, config: VisionConfig, z_hat: np.ndarray) -> np.nda
     x = layer_norm(w, "vision_decoder.norm", x, config.layer_norm_eps)
     patches = linear(w, "vision_decoder.conv_out", np.tanh(linear(w, "vision_decoder.ffn.0", x)))
     return unpatchify(patches, config.patch_size, config.grid)
-
-
-def pooled_position(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """Where each text is pooled: the first end token, int64 [B] (0 where there is none).
-
-    A config that says 2 is an old CLIP one, written before its ids were right: there the largest id
-    is the end token.
-    """
-    if eos_token_id == 2:
-        return ids.argmax(-1)
-    return (ids == eos_token_id).argmax(-1)
 
 
 def text_states(w: Tensors, config: TextConfig, ids: np.ndarray) -> np.ndarray:

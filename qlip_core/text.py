@@ -188,3 +188,14 @@ def check_ids(ids: np.ndarray, config: TextConfig) -> np.ndarray:
             f"token ids run from {ids.min()} to {ids.max()}; the vocabulary has {config.vocab_size}"
         )
     return ids.astype(np.int64)
+
+
+def pooled_position(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
+    """Where each text is pooled: the first end token, int64 [B] (0 where there is none).
+
+    A config that says 2 is an old CLIP one, written before its ids were right: there the largest id
+    is the end token.
+    """
+    if eos_token_id == 2:
+        return ids.argmax(-1)
+    return (ids == eos_token_id).argmax(-1)

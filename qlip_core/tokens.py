@@ -45,7 +45,7 @@ class VisualTokens:
             raise ValueError(f"a grid of {h}x{w} patches is empty")
         if self.length < 1:
             raise ValueError(f"{self.length} bits a patch: expected at least 1")
-        row = (h * w * self.length + 7) // 8
+        row = bsq.packed_bytes(h * w, self.length)
         if self.packed.dtype != np.uint8 or self.packed.ndim != 2 or self.packed.shape[1] != row:
             raise ValueError(
                 f"packed bits are {self.packed.dtype} {list(self.packed.shape)}, expected uint8 "

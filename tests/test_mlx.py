@@ -20,6 +20,7 @@ from qlip_core.architecture import PARTS, ArrayWeights, architecture
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import PRESETS, QLIPConfig
 from qlip_core.errors import CheckpointError, ConfigError
+from qlip_core.text import pooled_position
 from qlip_mlx import BACKEND, QLIP, MlxBackend, load
 from qlip_mlx.kernels import (
     FUSED,
@@ -275,7 +276,7 @@ def test_attention_of_the_cpu_equals_the_fused_one(
 def test_both_sets_of_kernels_give_the_same_model() -> None:
     config = CONFIGURATIONS["swiglu_text"]
     weights, ids = random_weights(config), random_ids(config, 3)
-    pooled = mx.array(reference.pooled_position(ids, config.text_config.eos_token_id))
+    pooled = mx.array(pooled_position(ids, config.text_config.eos_token_id))
     ours, plain = (
         load(config, weights, kernels=kernels).embed_text(mx.array(ids), pooled)
         for kernels in (PLAIN_CPU, FUSED)

@@ -12,7 +12,8 @@ import pytest
 from qlip_core import bsq, open_checkpoint
 from qlip_core.architecture import ArrayWeights
 from qlip_core.config import QuantizerConfig
-from qlip_core.reference import ReferenceNetwork, erf, patchify, pooled_position, rotate, unpatchify
+from qlip_core.reference import ReferenceNetwork, erf, patchify, rotate, unpatchify
+from qlip_core.text import pooled_position
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 7e-6)])

@@ -639,13 +639,6 @@ def test_mirror_images_are_drawn_for_each_place(whole: Path) -> None:
     assert shards.batch(0, 64, flip=1.0).flipped.all()
 
 
-def test_once_gives_each_image_once_in_order(whole: Path) -> None:
-    shards = TokenShards(whole)
-    parts = [[b.indices.tolist() for b in shards.once(4, rank=r, world_size=2)] for r in (0, 1)]
-    assert parts[0] == [[0, 1, 2, 3], [8, 9, 10, 11], [16, 17, 18]]
-    assert parts[1] == [[4, 5, 6, 7], [12, 13, 14, 15]]
-
-
 def test_more_shards_than_are_mapped_at_a_time(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -674,7 +667,7 @@ def test_sets_without_mirror_images_or_images(tars: str, tmp_path: Path, model: 
     write_tar(tmp_path / "empty.tar", [("a", {"png": png(1)})])
     run(model, str(tmp_path / "empty.tar"), tmp_path / "empty")
     empty = TokenShards(tmp_path / "empty")
-    assert (len(empty), empty.captions(slice(None)), list(empty.once(4))) == (0, [], [])
+    assert (len(empty), empty.captions(slice(None))) == (0, [])
     with pytest.raises(TokenFileError, match="holds no image"):
         empty.batch(0, 4)
 

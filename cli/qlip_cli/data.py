@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlip_cli.options import Force, Json
 from qlip_cli.terminal import note, print_facts, print_json, print_line, progress, size_text
+
+if TYPE_CHECKING:
+    from qlip_core.data.check import Report
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -66,7 +69,7 @@ def emoji(
             shard_size=shard_size,
             font=font,
             force=force,
-            progress=lambda done: advance(1),
+            progress=advance,
         )
     if json:
         print_json({"output": str(out), **about})
@@ -102,12 +105,55 @@ def check(
     from qlip_core.data.check import check as check_set
 
     with progress("checking", None) as advance:
-        report = check_set(shards, progress=lambda done: advance(1))
+        report = check_set(shards, progress=advance)
     if json:
         print_json(report.to_dict())
     else:
-        for line in report.lines():
+        for line in report_lines(report):
             print_line(line)
     if report.broken.total and json:
         note(f"{report.broken.total} of {report.samples} samples are broken")
     raise typer.Exit(1 if report.broken.total or not report.samples else 0)
+
+
+def report_lines(report: Report) -> list[str]:
+    """The report as text, a fact a line."""
+    from qlip_core.data.check import MAX_KEYS
+
+    shards = "" if report.shards is None else f" in {_many(report.shards, 'shard')}"
+    out = [
+        f"{report.location}: {report.kind}{shards}",
+        f"samples     {report.samples}, good {report.good}, broken {report.broken.total}",
+        f"images      {_bytes(report.image_bytes)}, "
+        + (", ".join(f"{k} {n}" for k, n in report.formats.most_common()) or "none"),
+    ]
+    for name, spread, unit in (
+        ("width", report.width, "px"),
+        ("height", report.height, "px"),
+        ("captions", report.caption_characters, "characters"),
+        ("", report.caption_words, "words"),
+    ):
+        if found := spread.to_dict():
+            out.append(
+                f"{name:<11} {found['min']} to {found['max']} {unit}, median {found['median']}"
+            )
+    full = report.keys_checked == MAX_KEYS
+    within = f" (against the first {MAX_KEYS} keys)" if full else ""
+    named = f": {', '.join(report.duplicate_examples)}" if report.duplicates else ""
+    out.append(f"duplicates  {_many(report.duplicates, 'key')} seen before{within}{named}")
+    for reason, count in sorted(report.broken.counts.items(), key=lambda item: -item[1]):
+        out.append(f"broken      {reason}: {count}")
+    out += [f"  {name}" for name in report.broken.named]
+    unnamed = report.broken.total - len(report.broken.named)
+    if unnamed:
+        out.append(f"  and {unnamed} more")
+    return out
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
+def _bytes(count: int) -> str:
+    power = min(max(len(str(count)) - 1, 0) // 3, 4)
+    return f"{count / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

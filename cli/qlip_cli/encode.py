@@ -41,6 +41,7 @@ def encode(
     path = output_file(
         output, default_name(images, len(files)), force=force, inputs=[f.path for f in files]
     )
+    from qlip_core.bsq import packed_bytes
     from qlip_core.tokens import VisualTokens, names_text
 
     names_text([f.name for f in files])  # what cannot be saved is said before any work
@@ -49,7 +50,7 @@ def encode(
     import numpy as np
 
     config = network.config
-    row = (config.num_patches * config.code_dim + 7) // 8
+    row = packed_bytes(config.num_patches, config.code_dim)
     # Filled in place: of each image only its packed bits and its name stay in memory.
     packed = np.empty((len(files), row), np.uint8)
     names: list[str] = []

@@ -193,6 +193,7 @@ def generator_text(generator: dict[str, Any] | None) -> str:
 
 
 def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
+    from qlip_core.bsq import packed_bytes
     from qlip_core.hub import hub_id
 
     config = checkpoint.config
@@ -204,7 +205,7 @@ def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
             "bits_per_token": config.group_size,
             "tokens_per_patch": groups,
             "tokens_per_image": config.num_patches * groups,
-            "bytes_per_image": (config.num_patches * config.code_dim + 7) // 8,
+            "bytes_per_image": packed_bytes(config.num_patches, config.code_dim),
             "compression_ratio": config.compression_ratio,
         }
     towers = towers_of(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from qlip_core.data.samples import (
 from qlip_core.data.shards import AnySource, FolderSource, iter_samples, open_source
 from qlip_core.errors import DataError, ImageError
 from qlip_core.images import open_image
+from qlip_core.loading import Progress
 
 # Keys are remembered as 64-bit hashes, 100 MB of them at most; later keys are held against these.
 MAX_KEYS = 1_000_000
@@ -97,47 +98,16 @@ class Report:
             },
         }
 
-    def lines(self) -> list[str]:
-        """The report as text, a fact a line."""
-        shards = "" if self.shards is None else f" in {_many(self.shards, 'shard')}"
-        out = [
-            f"{self.location}: {self.kind}{shards}",
-            f"samples     {self.samples}, good {self.good}, broken {self.broken.total}",
-            f"images      {_bytes(self.image_bytes)}, "
-            + (", ".join(f"{k} {n}" for k, n in self.formats.most_common()) or "none"),
-        ]
-        for name, spread, unit in (
-            ("width", self.width, "px"),
-            ("height", self.height, "px"),
-            ("captions", self.caption_characters, "characters"),
-            ("", self.caption_words, "words"),
-        ):
-            if found := spread.to_dict():
-                out.append(
-                    f"{name:<11} {found['min']} to {found['max']} {unit}, median {found['median']}"
-                )
-        full = self.keys_checked == MAX_KEYS
-        within = f" (against the first {MAX_KEYS} keys)" if full else ""
-        named = f": {', '.join(self.duplicate_examples)}" if self.duplicates else ""
-        out.append(f"duplicates  {_many(self.duplicates, 'key')} seen before{within}{named}")
-        for reason, count in sorted(self.broken.counts.items(), key=lambda item: -item[1]):
-            out.append(f"broken      {reason}: {count}")
-        out += [f"  {name}" for name in self.broken.named]
-        unnamed = self.broken.total - len(self.broken.named)
-        if unnamed:
-            out.append(f"  and {unnamed} more")
-        return out
-
 
 def check(
     source: AnySource | str,
     *,
     limits: Limits | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Read all of `source` (a location, or one that is open) and decode every image.
 
-    `progress` is called with the number of samples after each. Memory does not grow with the set beyond the
+    `progress` hears of every sample. Memory does not grow with the set beyond the
     keys' hashes (see `MAX_KEYS`). Raises DataError where the set is not there or cannot be read at all.
     """
     if isinstance(source, str):
@@ -154,7 +124,7 @@ def check(
         else:
             _note_sample(report, item, source.location)
         if progress is not None:
-            progress(report.samples)
+            progress(1)
     return report
 
 
@@ -201,12 +171,3 @@ def _note_key(report: Report, seen: set[int], key: str) -> None:
     elif len(seen) < MAX_KEYS:
         seen.add(mark)
         report.keys_checked = len(seen)
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("s" if count != 1 else "")
-
-
-def _bytes(count: int) -> str:
-    power = min(max(len(str(count)) - 1, 0) // 3, 4)
-    return f"{count / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"

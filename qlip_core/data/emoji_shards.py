@@ -2,17 +2,18 @@
 
 import io
 import json
-import tarfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import Image
 
 import qlip_core
 from qlip_core.data.emoji_set import EmojiSet, Split
+from qlip_core.data.tars import write_tar
 from qlip_core.errors import DataError
-from qlip_core.files import atomic_file, write_text
+from qlip_core.files import write_text
+from qlip_core.loading import Progress
 
 
 def write_shards(
@@ -26,15 +27,15 @@ def write_shards(
     shard_size: int = 1000,
     font: str | Path | None = None,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write samples 0 to count - 1 as `out`/00000.tar … and `out`/dataset.json; returns the latter.
 
     A sample is three files in a tar, `{key}.png`, `{key}.txt` (the caption) and `{key}.json`
     (`EmojiSet.describe`). PNG and not JPEG: at 64 px JPEG's halved colour would blur the targets
     that reconstructions are measured against. Every file is written under another name and renamed
-    when whole; `dataset.json` comes last, so a folder without it is incomplete. `progress` is called
-    after each sample with the number done.
+    when whole; `dataset.json` comes last, so a folder without it is incomplete. `progress` hears of
+    every sample.
 
     Raises DataError if `count` or `shard_size` is below 1, or if `out` holds a set and not `force`.
     """
@@ -52,8 +53,7 @@ def write_shards(
     for number, start in enumerate(range(0, count, shard_size)):
         names.append(f"{number:05d}.tar")
         indices = range(start, min(start + shard_size, count))
-        with atomic_file(out / names[-1]) as file:
-            _write_tar(emoji, indices, progress, file)
+        write_tar(out / names[-1], _samples(emoji, indices, progress))
     about = {
         "format": "webdataset",
         "set": "emoji",
@@ -81,28 +81,16 @@ def _set_files(folder: Path) -> list[Path]:
     return [path for path in (folder / "dataset.json", *shards) if path.exists()]
 
 
-def _write_tar(
-    emoji: EmojiSet,
-    indices: range,
-    progress: Callable[[int], None] | None,
-    file: BinaryIO,
-) -> None:
-    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for index in indices:
-            image, caption, about = emoji.sample(index)
-            picture = io.BytesIO()
-            Image.fromarray(image).save(picture, "png", optimize=True)
-            # No dot in a key: WebDataset takes all after the first one for the extension.
-            key = f"emoji-{emoji.split}-{emoji.seed}-{index:08d}"
-            _add(tar, f"{key}.png", picture.getvalue())
-            _add(tar, f"{key}.txt", caption.encode())
-            _add(tar, f"{key}.json", json.dumps(about, separators=(",", ":")).encode())
-            if progress is not None:
-                progress(index + 1)
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    # Time, owner and mode are fixed: the same samples are the same bytes.
-    info = tarfile.TarInfo(name)
-    info.size, info.mtime, info.mode = len(data), 0, 0o644
-    tar.addfile(info, io.BytesIO(data))
+def _samples(
+    emoji: EmojiSet, indices: range, progress: Progress | None
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    for index in indices:
+        image, caption, about = emoji.sample(index)
+        picture = io.BytesIO()
+        Image.fromarray(image).save(picture, "png", optimize=True)
+        told = json.dumps(about, separators=(",", ":")).encode()
+        # No dot in a key: WebDataset takes all after the first one for the extension.
+        key = f"emoji-{emoji.split}-{emoji.seed}-{index:08d}"
+        yield key, {"png": picture.getvalue(), "txt": caption.encode(), "json": told}
+        if progress is not None:
+            progress(1)

@@ -11,7 +11,6 @@ from typing import Any
 from qlip_core.data.draws import Draws, stable_hash
 from qlip_core.data.emoji_names import Glyph
 from qlip_core.data.palette import BRIGHTNESS_JITTER, CHANNEL_JITTER, PALETTE
-from qlip_core.errors import DataError
 
 PLACES: dict[str, tuple[int, int]] = {
     "centre": (0, 0),
@@ -96,24 +95,13 @@ class Scene:
     wording: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` undoes it."""
+        """In plain JSON types."""
         raw = asdict(self)
         raw["glyphs"] = list(raw["glyphs"])
         ground = raw["background"]
         ground["colours"] = list(ground["colours"])
         ground["paints"] = [list(paint) for paint in ground["paints"]]
         return raw
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> "Scene":
-        try:
-            ground = dict(raw["background"])
-            ground["colours"] = tuple(ground["colours"])
-            ground["paints"] = tuple(tuple(paint) for paint in ground["paints"])
-            glyphs = tuple(PlacedGlyph(**glyph) for glyph in raw["glyphs"])
-            return cls(glyphs, Background(**ground), raw["wording"])
-        except (KeyError, TypeError) as error:
-            raise DataError(f"not an emoji scene: {error}") from error
 
 
 def is_held_out_combination(code: int, colour: str, place: str) -> bool:

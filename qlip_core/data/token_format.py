@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import qlip_core
+from qlip_core.bsq import packed_bytes
 from qlip_core.errors import CheckpointError, QlipError, TokenFileError
 from qlip_core.tensorfile import TensorEntry, TensorFile, write_tensors
 
@@ -75,7 +76,7 @@ class Settings:
     @property
     def row_bytes(self) -> int:
         """Bytes of an image: ceil(N*L/8)."""
-        return (self.grid[0] * self.grid[1] * self.length + 7) // 8
+        return packed_bytes(self.grid[0] * self.grid[1], self.length)
 
     @property
     def flips(self) -> bool:

@@ -237,15 +237,6 @@ class TokenShards:
             flipped = (drawn >> np.uint64(11)) * 2.0**-53 < flip
         return self._batch(indices, flipped)
 
-    def once(
-        self, batch_size: int, *, rank: int = 0, world_size: int = 1, flipped: bool = False
-    ) -> Iterator[TokenBatch]:
-        """Each image once, in the order of the set; batches are dealt to the ranks in turn."""
-        for number in range(rank, math.ceil(len(self) / batch_size), world_size):
-            stop = min(len(self), (number + 1) * batch_size)
-            indices = np.arange(number * batch_size, stop, dtype=np.int64)
-            yield self._batch(indices, np.full(len(indices), flipped))
-
     def _batch(self, indices: np.ndarray, flipped: np.ndarray) -> TokenBatch:
         tokens = self.tokens(indices, flipped=flipped)
         return TokenBatch(tokens, tuple(self.captions(indices)), indices, flipped)

@@ -9,7 +9,7 @@ shard, so neither a restart nor the number of processes changes a byte.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -32,7 +32,7 @@ from qlip_core.data.token_format import (
 from qlip_core.data.token_shards import visible_shards
 from qlip_core.data.token_units import SHARD_SIZE, Unit, unit_samples, units_of
 from qlip_core.errors import DataError, ImageError, TokenFileError
-from qlip_core.loading import check_batch_size, default_workers
+from qlip_core.loading import Progress, check_batch_size, default_workers
 
 if TYPE_CHECKING:
     from qlip_core.model import Model
@@ -74,7 +74,7 @@ def tokenize(
     shard_size: int = SHARD_SIZE,
     workers: int | None = None,
     force: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Report:
     """Tokenize the shards of `source` that are `rank`'s into the folder `out`, which is made if absent.
 

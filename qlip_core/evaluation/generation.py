@@ -6,7 +6,7 @@ Pictures are drawn, decoded and scored batch by batch, as the 8-bit pictures tha
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,12 @@ from qlip_core.evaluation.fid import FeatureStatistics, Gaussian, frechet_distan
 from qlip_core.evaluation.grid import draw_sheet
 from qlip_core.evaluation.prompts import PromptSet
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol, text_hash
-from qlip_core.evaluation.reconstruction import Features, Progress
+from qlip_core.evaluation.reconstruction import Features
 from qlip_core.evaluation.zero_shot import TEMPLATES, rank_of
 from qlip_core.generator.checkpoint import GeneratorCheckpoint
 from qlip_core.generator.load import require_generator
 from qlip_core.generator.sampling import Sampling
-from qlip_core.loading import DEFAULT_BATCH
+from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.model import Model
 
 TOP1, TOP5 = "prompt accuracy, top-1", "prompt accuracy, top-5"
@@ -256,6 +256,5 @@ def drawn_by(model: Model, generator: GeneratorCheckpoint, sampling: Sampling) -
         "generator_name": str(generator.folder),
         "tokenizer": model.fingerprint,
         "conditioner": config.t5_model if config.conditioner == "t5" else config.conditioner,
-        **asdict(sampling),
-        "cfg_interval": list(sampling.cfg_interval),
+        **sampling.to_dict(),
     }

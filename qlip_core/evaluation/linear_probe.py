@@ -5,7 +5,7 @@ Features are the CLS token, the mean of the patch tokens, or both side by side, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Examples, batches, check_some
 from qlip_core.evaluation.logistic import fit
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol
-from qlip_core.loading import DEFAULT_BATCH
+from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.model import Model
 
 FEATURES = ("cls", "patches", "both")
@@ -32,7 +32,7 @@ def evaluate_linear_probe(
     *,
     features: Sequence[str] = FEATURES,
     batch_size: int = DEFAULT_BATCH,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Accuracy on `test` of logistic regressions fitted to the features of `train`.
 
@@ -122,7 +122,7 @@ def _extract(
     classes: Sequence[str] | None,
     batch_size: int,
     reference: ReferenceHash,
-    progress: Callable[[int], None] | None,
+    progress: Progress | None,
 ) -> _Extracted:
     broken = Tally()
     states, labels = [], []

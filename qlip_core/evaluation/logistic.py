@@ -11,6 +11,7 @@ import numpy as np
 _MEMORY = 10
 _SUFFICIENT, _CURVATURE = 1e-4, 0.9
 _ROWS = 16384
+_ITERATIONS = 200
 
 Objective = Callable[[np.ndarray], tuple[float, np.ndarray]]
 
@@ -44,7 +45,6 @@ def fit(
     l2: float,
     *,
     start: LogisticRegression | None = None,
-    iterations: int = 200,
     tolerance: float = 1e-5,
 ) -> LogisticRegression:
     """Minimise mean cross-entropy + l2/2 |W|^2 (the bias is free), features [n, F], labels [n].
@@ -82,7 +82,7 @@ def fit(
         gradient[:-1] += l2 * w[:-1]
         return loss + l2 / 2 * float((w[:-1] ** 2).sum()), gradient.reshape(-1)
 
-    w = minimise(objective, first.reshape(-1), iterations, tolerance).reshape(width + 1, classes)
+    w = minimise(objective, first.reshape(-1), _ITERATIONS, tolerance).reshape(width + 1, classes)
     return LogisticRegression(mean, scale, w[:-1], w[-1])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,11 +12,9 @@ from qlip_core.evaluation.examples import Example, Examples, batches, check_some
 from qlip_core.evaluation.fid import FeatureStatistics, frechet_distance
 from qlip_core.evaluation.grid import Row, draw_grid
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol
-from qlip_core.loading import DEFAULT_BATCH
+from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.metrics import psnr, ssim
 from qlip_core.model import Model
-
-Progress = Callable[[int], None]
 
 
 class PairMetric(Protocol):

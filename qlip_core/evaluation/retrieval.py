@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from qlip_core.data.samples import Tally
 from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Examples, batches, check_some
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol
-from qlip_core.loading import DEFAULT_BATCH
+from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.model import Model
 
 RECALLS = (1, 5, 10)
@@ -23,7 +23,7 @@ def evaluate_retrieval(
     examples: Examples,
     *,
     batch_size: int = DEFAULT_BATCH,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """R@1, R@5 and R@10 of finding a picture's caption among all, and a caption's picture among all.
 

@@ -6,7 +6,7 @@ them, which is for the set to say (see `qlip_core.evaluation.emoji`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from qlip_core.data.samples import Tally
 from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Examples, batches, check_some
 from qlip_core.evaluation.protocol import ReferenceHash, Result, make_protocol, text_hash
-from qlip_core.loading import DEFAULT_BATCH
+from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.model import Model
 
 TEMPLATES = ("{}",)
@@ -28,7 +28,7 @@ def evaluate_zero_shot(
     templates: Sequence[str] = TEMPLATES,
     told: Mapping[str, str] | None = None,
     batch_size: int = DEFAULT_BATCH,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Result:
     """Share of images whose class is the nearest text (top-1), or among the five nearest (top-5).
 

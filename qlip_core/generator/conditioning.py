@@ -16,7 +16,7 @@ from qlip_core.backends import get_backend
 from qlip_core.errors import GenerationError, TextError
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Captions
-from qlip_core.reference import pooled_position
+from qlip_core.text import pooled_position
 
 if TYPE_CHECKING:
     from qlip_core.config import TextConfig

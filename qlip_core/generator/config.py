@@ -241,9 +241,7 @@ class GeneratorConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`: every key."""
-        sampling = dataclasses.asdict(self.sampling)
-        sampling["cfg_interval"] = list(self.sampling.cfg_interval)
-        changed = {"grid": list(self.grid), "sampling": sampling}
+        changed = {"grid": list(self.grid), "sampling": self.sampling.to_dict()}
         return {"model_type": MODEL_TYPE} | dataclasses.asdict(self) | changed
 
     @classmethod

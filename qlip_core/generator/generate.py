@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,8 +15,8 @@ from qlip_core.generator.conditioning import Conditioner, encode_prompts
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import Draw, GeneratorNetwork
 from qlip_core.generator.sampling import Sampling, check_seed, guidance_scales, step_keys
+from qlip_core.loading import Progress
 
-Progress = Callable[[int], None]
 MAX_IMAGES = 1 << 32  # the number of an image is hashed as 32 bits
 
 

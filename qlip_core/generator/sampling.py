@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -49,6 +49,10 @@ class Sampling:
     cfg_scale: float = 1.0
     cfg_schedule: str = "constant"
     cfg_interval: tuple[float, float] = (0.0, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in JSON types."""
+        return asdict(self) | {"cfg_interval": list(self.cfg_interval)}
 
     def check(self, vocab_size: int) -> None:
         """Raises GenerationError for a setting out of range."""

@@ -17,7 +17,7 @@ from qlip_core.backends import Weights
 from qlip_core.config import QLIPConfig
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
-from qlip_core.reference import pooled_position
+from qlip_core.text import pooled_position
 from qlip_mlx import generator
 from qlip_mlx.kernels import FUSED, PLAIN_CPU
 from qlip_mlx.model import QLIP, load, unquantized

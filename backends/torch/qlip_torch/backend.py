@@ -13,7 +13,7 @@ from qlip_core.backends import Network, Weights
 from qlip_core.config import QLIPConfig
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
-from qlip_core.reference import pooled_position
+from qlip_core.text import pooled_position
 from qlip_torch import generator
 from qlip_torch.model import QLIP, load
 from qlip_torch.sampler import TorchGenerator
