@@ -28,7 +28,8 @@ from loader import photograph
 import qlip_core as qlip
 from qlip_core.architecture import init_weights
 from qlip_core.config import PRESETS, QLIPConfig, TextConfig
-from qlip_core.data.shards import open_source, write_tar
+from qlip_core.data.shards import open_source
+from qlip_core.data.tars import write_tar
 from qlip_core.data.tokenizing import tokenize
 
 GOAL = 0.9

@@ -225,9 +225,9 @@ def save_checkpoint(
 
     `weights` float32 by published name, all of them; `dtype` how they are stored (float32, float16,
     bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
-    front matter states the licence; `beside` other text files by name. In an existing folder the model is replaced, and what else is there
-    stays. Raises CheckpointError if the
-    weights do not fit the config or are not finite, also where only `dtype` makes them so.
+    front matter states the licence; `beside` other text files by name. In an existing folder the model is
+    replaced, and what else is there stays. Raises CheckpointError if the weights do not fit the config or are
+    not finite, also where only `dtype` makes them so.
     """
     texts = {
         **(beside or {}),

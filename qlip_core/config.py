@@ -355,9 +355,8 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _typed(spec: dataclasses.Field, value: Any, name: str) -> Any:
-    kind = spec.type if isinstance(spec.type, str) else spec.type.__name__
-    nested = {"QuantizerConfig": QuantizerConfig, "TextConfig": TextConfig}
-    nested["VisionConfig"] = VisionConfig  # type: ignore[assignment]
+    kind = str(spec.type)  # as it is written: annotations are strings here
+    nested = {cls.__name__: cls for cls in (QuantizerConfig, TextConfig, VisionConfig)}
     if kind in nested:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{name} must be a JSON object, got {value!r}")

@@ -35,8 +35,8 @@ from qlip_core.data.draws import Draws
 from qlip_core.data.emoji import CLASS_NAMES_100, all_glyphs
 from qlip_core.data.parquet import ParquetSource
 from qlip_core.data.samples import Bad, Limits, Sample
-from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source, write_tar
-from qlip_core.data.tars import split_name, tar_samples
+from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source
+from qlip_core.data.tars import split_name, tar_samples, write_tar
 from qlip_core.errors import DataError, RecipeError
 from qlip_core.evaluation.examples import Example, StoredExamples
 from qlip_core.preprocessing import Preprocessing

@@ -402,7 +402,7 @@ def test_emoji_prompts_say_what_was_trained() -> None:
             assert prompt.text in captions(scene) and prompt.text != full_caption(scene)
             colours.add(colour)
     assert len(colours) > 15
-    assert emoji.seen_prompts() == seen and emoji.seen_prompts(1).prompts != seen.prompts
+    assert emoji.seen_prompts() == seen
     titles = [each.name for each in (seen, bare, other)]
     assert ["never trained" in title for title in titles] == [False, False, True]
     assert ["100 seen names" in title for title in titles] == [True, True, False]

@@ -19,7 +19,7 @@ from qlip_core import reference
 from qlip_core.architecture import PARTS, ArrayWeights, architecture
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import PRESETS, QLIPConfig
-from qlip_core.errors import CheckpointError, ConfigError
+from qlip_core.errors import CheckpointError
 from qlip_core.text import pooled_position
 from qlip_mlx import BACKEND, QLIP, MlxBackend, load
 from qlip_mlx.kernels import (
@@ -163,14 +163,6 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     for _ in range(5):
         network.encode(pixels)
         assert mx.get_active_memory() <= held
-
-
-@pytest.mark.parametrize("layer", [3, -4])
-def test_hidden_states_refuse_a_layer_that_is_not_there(layer: int) -> None:
-    config = CONFIGURATIONS["eva"]
-    network = mlx_network(config, random_weights(config))
-    with pytest.raises(ConfigError, match=f"layer {layer} is not there.*0 to 2"):
-        network.hidden_states(random_pixels(config, 1), layer)
 
 
 def test_backend_describes_itself() -> None:

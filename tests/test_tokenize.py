@@ -33,7 +33,8 @@ from qlip_core.data.background import in_background
 from qlip_core.data.draws import stable_hash
 from qlip_core.data.permutation import mixed, permute, permuted
 from qlip_core.data.samples import Bad, Limits
-from qlip_core.data.shards import iter_samples, open_source, write_tar
+from qlip_core.data.shards import iter_samples, open_source
+from qlip_core.data.tars import write_tar
 from qlip_core.data.token_format import Settings
 from qlip_core.data.token_shards import TokenShards
 from qlip_core.data.token_units import shard_names, units_of

@@ -49,8 +49,8 @@ def classify(
 ) -> None:
     """Say which of some labels fits an image.
 
-    IMAGE is an image file, a folder, a glob or - (standard input). The probabilities of an image sum to 1 over the
-    labels.
+    IMAGE is an image file, a folder, a glob or - (standard input). The probabilities of an image sum to 1
+    over the labels.
     """
     files = collect_images(images)
     choices = collect_labels(labels or [], labels_file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,14 @@ import typer
 from qlip_cli import options
 from qlip_cli.inputs import standard_input
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import PICTURES, PictureFolder, picture_file, safe_names, save_picture
+from qlip_cli.outputs import (
+    PICTURES,
+    PictureFolder,
+    decode_into,
+    picture_file,
+    safe_names,
+    save_picture,
+)
 from qlip_cli.terminal import count_text, note, print_json, print_line, progress
 
 if TYPE_CHECKING:
@@ -49,8 +56,10 @@ def decode(
 ) -> None:
     """Turn tokens back into pictures.
 
-    TOKENS is a .qlip file, a folder (all .qlip files below it), a glob or - (standard input). One image becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated names are numbered). For one image the
-    suffix of OUT may also be .jpg, .webp, .bmp or .tiff. A token file that cannot be read is left out and listed, and the exit status is 1.
+    TOKENS is a .qlip file, a folder (all .qlip files below it), a glob or - (standard input). One image
+    becomes a PNG, several a folder of PNGs, which have the names that the token files give them (repeated
+    names are numbered). For one image the suffix of OUT may also be .jpg, .webp, .bmp or .tiff. A token file
+    that cannot be read is left out and listed, and the exit status is 1.
     """
     files, failed = load_token_files(tokens)
     count = sum(len(part) for _, part in files)
@@ -72,7 +81,7 @@ def decode(
             save_picture(picture, network.decode(part, any_model=any_model)[0])
             written.append(picture)
         if folder is not None:
-            decode_into(folder, network, files, batch_size, advance)
+            decode_into(folder, network, [part for _, part in files], batch_size, advance)
             written += [out / name for name in folder.names]
 
     size = network.config.image_size
@@ -167,24 +176,3 @@ def check_fit(network: Model, path: Path, tokens: VisualTokens, any_model: bool)
         network.decode(tokens[:0], any_model=any_model)
     except TokenFileError as error:
         raise TokenFileError(f"{path}: {error}") from None
-
-
-def decode_into(
-    folder: PictureFolder,
-    network: Model,
-    files: TokenFiles,
-    batch_size: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Decode all images of the files into the folder, batch by batch."""
-    number = 0
-    with folder:
-        for _, part in files:
-            for start in range(0, len(part), batch_size):
-                # The fit was checked before, and any_model with it.
-                pictures = network.decode(part[start : start + batch_size], any_model=True)
-                for pixels in pictures:
-                    folder.add(number, pixels)
-                    number += 1
-                advance(len(pictures))
-        folder.show()

@@ -47,9 +47,10 @@ def embed(
 ) -> None:
     """Turn images and texts into unit vectors of one space.
 
-    IMAGE is an image file, a folder, a glob or - (standard input). The dot product of two vectors says how well they
-    fit. Without -o up to 16 vectors are printed as JSON. A .safetensors file holds the tensor `embeddings` [B, P] and the names in its metadata; beside a
-    .npy file the names go to a .json of the same name. Images come first, then texts.
+    IMAGE is an image file, a folder, a glob or - (standard input). The dot product of two vectors says how
+    well they fit. Without -o up to 16 vectors are printed as JSON. A .safetensors file holds the tensor
+    `embeddings` [B, P] and the names in its metadata; beside a .npy file the names go to a .json of the same
+    name. Images come first, then texts.
     """
     from qlip_core.errors import QlipError
 

@@ -34,8 +34,9 @@ def encode(
 ) -> None:
     """Turn images into tokens: one .qlip file for all of them.
 
-    IMAGE is an image file, a folder (all images below it), a glob or - (standard input). A folder's images keep their paths inside it as names. An image that cannot be read is left out
-    and listed, and the exit status is 1.
+    IMAGE is an image file, a folder (all images below it), a glob or - (standard input). A folder's images
+    keep their paths inside it as names. An image that cannot be read is left out and listed, and the exit
+    status is 1.
     """
     files = collect_images(images)
     path = output_file(

@@ -19,6 +19,7 @@ from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json,
 from qlip_cli.outputs import (
     PICTURES,
     PictureFolder,
+    decode_into,
     output_file,
     picture_file,
     save_picture,
@@ -75,8 +76,9 @@ def generate(
 ) -> None:
     """Draw pictures of prompts.
 
-    PROMPT is what to draw, in quotes; an empty one draws without a caption. One picture becomes a PNG, several a folder of PNGs, or with --grid one sheet. Settings that are not
-    given are the generator's own. Each PNG tells how it was drawn: `qlip info PICTURE.png`.
+    PROMPT is what to draw, in quotes; an empty one draws without a caption. One picture becomes a PNG,
+    several a folder of PNGs, or with --grid one sheet. Settings that are not given are the generator's own.
+    Each PNG tells how it was drawn: `qlip info PICTURE.png`.
     """
     wanted = collect_prompts(prompts, prompts_file)
     from qlip_core.generator.sampling import check_seed
@@ -120,7 +122,10 @@ def generate(
     elif picture is not None:
         save_picture(picture, network.decode(tokens)[0], text_chunks(records[0]))
     elif folder is not None:
-        fill(folder, network, tokens, records, batch_size)
+        with progress("decoding", len(tokens)) as advance:
+            decode_into(
+                folder, network, [tokens], batch_size, advance, lambda i: text_chunks(records[i])
+            )
     if tokens_file is not None:
         with writing(tokens_file):
             tokens.save(tokens_file)
@@ -232,21 +237,14 @@ def draw(
     network: Model, prompts: list[str], number: int, seed: int, sampling: Sampling, batch_size: int
 ) -> VisualTokens:
     """All tokens, with a bar that counts them, and a note for every prompt that was cut."""
+    from qlip_core import VisualTokens
+
     steps = network.generator_config.tokens_per_image
     with progress("drawing", number * len(prompts) * steps) as advance, cuts_told():
-        return network.generate_tokens(
-            prompts,
-            seed=seed,
-            n=number,
-            cfg_scale=sampling.cfg_scale,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            cfg_schedule=sampling.cfg_schedule,
-            cfg_interval=sampling.cfg_interval,
-            batch_size=batch_size,
-            progress=advance,
+        batches = network.generate_batches(
+            prompts, sampling, seed=seed, n=number, batch_size=batch_size, progress=advance
         )
+        return VisualTokens.concatenate([tokens for _, tokens in batches])
 
 
 @contextmanager
@@ -270,17 +268,14 @@ def cuts_told() -> Iterator[None]:
 
 def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What a picture follows from, besides its prompt and its number."""
-    from dataclasses import asdict
-    from importlib.metadata import version
-
+    import qlip_core
     from qlip_core.generator.load import require_generator
     from qlip_core.hub import model_name
 
     generator = require_generator(network.checkpoint, network.generator)
-    settings = asdict(sampling) | {"cfg_interval": list(sampling.cfg_interval)}
     return {
         "seed": seed,
-        "settings": settings,
+        "settings": sampling.to_dict(),
         "model": model_name(network.checkpoint.folder),
         "fingerprint": network.fingerprint,
         "generator": model_name(generator.folder),
@@ -288,7 +283,7 @@ def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
         "backend": network.backend,
         "device": network.device,
         "dtype": network.dtype,
-        "qlip": version("qlip"),
+        "qlip": qlip_core.__version__,
     }
 
 
@@ -298,22 +293,6 @@ def numbers_of(prompts: tuple[str, ...]) -> Iterator[int]:
     for prompt in prompts:
         yield so_far.setdefault(prompt, 0)
         so_far[prompt] += 1
-
-
-def fill(
-    folder: PictureFolder,
-    network: Model,
-    tokens: VisualTokens,
-    records: list[dict[str, Any]],
-    batch_size: int,
-) -> None:
-    with progress("decoding", len(tokens)) as advance, folder:
-        for start in range(0, len(tokens), batch_size):
-            pictures = network.decode(tokens[start : start + batch_size])
-            for i, pixels in enumerate(pictures, start):
-                folder.add(i, pixels, text_chunks(records[i]))
-            advance(len(pictures))
-        folder.show()
 
 
 def sheet_size(count: int, number: int, side: int) -> tuple[int, int, int]:

@@ -6,7 +6,7 @@ import errno
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
+
+    from qlip_core import Model, VisualTokens
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -251,3 +253,27 @@ class PictureFolder:
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def decode_into(
+    folder: PictureFolder,
+    network: Model,
+    parts: Sequence[VisualTokens],
+    batch_size: int,
+    advance: Callable[[int], None],
+    told: Callable[[int], Mapping[str, str]] | None = None,
+) -> None:
+    """Decode all images of `parts` into the folder, batch by batch; `told` gives the text in number i.
+
+    That the tokens fit the model was checked before.
+    """
+    number = 0
+    with folder:
+        for part in parts:
+            for start in range(0, len(part), batch_size):
+                pictures = network.decode(part[start : start + batch_size], any_model=True)
+                for pixels in pictures:
+                    folder.add(number, pixels, told(number) if told else None)
+                    number += 1
+                advance(len(pictures))
+        folder.show()

@@ -53,8 +53,9 @@ def reconstruct(
 ) -> None:
     """Show images beside their reconstructions, with PSNR and SSIM.
 
-    IMAGE is an image file, a folder, a glob or - (standard input). Inputs are shown as the model sees them, resized and cropped. Several images are rows with
-    labels, 32 at most; PSNR (dB) and SSIM are printed for all.
+    IMAGE is an image file, a folder, a glob or - (standard input). Inputs are shown as the model sees them,
+    resized and cropped. Several images are rows with labels, 32 at most; PSNR (dB) and SSIM are printed for
+    all.
     """
     files = collect_images(images)
     name = (

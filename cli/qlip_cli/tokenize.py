@@ -87,7 +87,8 @@ def tokenize(
     own_rank, processes = place(rank, world_size, os.environ)
     check_folder(output)
 
-    from qlip_core.data.shards import Limits, open_source
+    from qlip_core.data.samples import Limits
+    from qlip_core.data.shards import open_source
     from qlip_core.data.tokenizing import tokenize as tokenize_set
 
     source = open_source(shards, Limits(caption=not no_captions))

@@ -17,24 +17,10 @@ from pathlib import Path
 
 from qlip_core.data.locations import expand, local_path, opened, scheme, wait_to_retry
 from qlip_core.data.parquet import ParquetSource
-from qlip_core.data.samples import TOO_LARGE, UNREADABLE, Bad, Limits, Sample, Tally, make_sample
-from qlip_core.data.tars import tar_samples, write_tar
+from qlip_core.data.samples import TOO_LARGE, UNREADABLE, Bad, Limits, Sample, make_sample
+from qlip_core.data.tars import tar_samples
 from qlip_core.errors import DataError
 from qlip_core.images import find_images
-
-__all__ = [
-    "Bad",
-    "FolderSource",
-    "Limits",
-    "ParquetSource",
-    "Sample",
-    "Tally",
-    "TarSource",
-    "iter_samples",
-    "open_source",
-    "write_tar",
-]
-
 
 # Whoever reads on past a shard by chance has not read the same set; an empty one is counted as broken.
 _WITHOUT_A_SHARD = "; restore it, or put an empty file in its place to go on without it"

@@ -23,6 +23,7 @@ from qlip_core.evaluation.prompts import Prompt, PromptSet
 CLASSES = 100
 CAPTIONS = 500
 HELD_OUT = 1000
+_SEED = 0  # of colours that stand in prompts by lot
 UNSEEN_CLASS_NAMES: tuple[str, ...] = UNSEEN_NAMES[:CLASSES]
 
 SEEN_NAMES_TITLE = "100 seen names, unseen renderings"
@@ -84,23 +85,23 @@ class EmojiExamples:
             index += 1
 
 
-def reconstruction_examples(size: int, count: int = HELD_OUT, seed: int = 0) -> EmojiExamples:
+def reconstruction_examples(size: int, count: int = HELD_OUT) -> EmojiExamples:
     """Held-out scenes of seen glyphs: for PSNR and SSIM."""
-    return EmojiExamples("held-out renderings", size, count, "held-out", seed)
+    return EmojiExamples("held-out renderings", size, count, "held-out")
 
 
-def seen_class_examples(size: int, count: int = HELD_OUT, seed: int = 0) -> EmojiExamples:
+def seen_class_examples(size: int, count: int = HELD_OUT) -> EmojiExamples:
     """Plain renderings, held out, of `CLASS_NAMES_100`, which take turns. Not zero-shot."""
     return EmojiExamples(
-        SEEN_NAMES_TITLE, size, count, "held-out", seed, plain=True, names=CLASS_NAMES_100
+        SEEN_NAMES_TITLE, size, count, "held-out", plain=True, names=CLASS_NAMES_100
     )
 
 
 def unseen_class_examples(
-    size: int, count: int = HELD_OUT, seed: int = 0, title: str = UNSEEN_NAMES_TITLE
+    size: int, count: int = HELD_OUT, title: str = UNSEEN_NAMES_TITLE
 ) -> EmojiExamples:
     """Plain renderings of the first 100 of `UNSEEN_NAMES`, which take turns: zero-shot."""
-    return EmojiExamples(title, size, count, "unseen", seed, plain=True, names=UNSEEN_CLASS_NAMES)
+    return EmojiExamples(title, size, count, "unseen", plain=True, names=UNSEEN_CLASS_NAMES)
 
 
 def unseen_descriptions() -> dict[str, str]:
@@ -112,30 +113,27 @@ def unseen_descriptions() -> dict[str, str]:
     return {name: glyph_by_name()[name].description for name in UNSEEN_CLASS_NAMES}
 
 
-def seen_caption_examples(size: int, count: int = CAPTIONS, seed: int = 0) -> EmojiExamples:
+def seen_caption_examples(size: int, count: int = CAPTIONS) -> EmojiExamples:
     """Held-out scenes of seen glyphs with their whole captions, all different."""
-    return EmojiExamples(SEEN_CAPTIONS_TITLE, size, count, "held-out", seed, wording="full")
+    return EmojiExamples(SEEN_CAPTIONS_TITLE, size, count, "held-out", wording="full")
 
 
-def unseen_caption_examples(size: int, count: int = CAPTIONS, seed: int = 0) -> EmojiExamples:
+def unseen_caption_examples(size: int, count: int = CAPTIONS) -> EmojiExamples:
     """Scenes of unseen glyphs with their whole captions, all different: zero-shot."""
-    return EmojiExamples(UNSEEN_CAPTIONS_TITLE, size, count, "unseen", seed, wording="full")
+    return EmojiExamples(UNSEEN_CAPTIONS_TITLE, size, count, "unseen", wording="full")
 
 
-def probe_examples(
-    size: int, count: int = HELD_OUT, seed: int = 0
-) -> tuple[EmojiExamples, EmojiExamples]:
+def probe_examples(size: int, count: int = HELD_OUT) -> tuple[EmojiExamples, EmojiExamples]:
     """(training, test) for a linear probe over `CLASS_NAMES_100`: plain renderings, four to one."""
     train = EmojiExamples(
         "100 seen names, training renderings",
         size,
         4 * count,
         "train",
-        seed,
         plain=True,
         names=CLASS_NAMES_100,
     )
-    return train, seen_class_examples(size, count, seed)
+    return train, seen_class_examples(size, count)
 
 
 # -- prompts -----------------------------------------------------------------------------------
@@ -144,13 +142,13 @@ def probe_examples(
 _PLACE = "centre"
 
 
-def seen_prompts(seed: int = 0) -> PromptSet:
+def seen_prompts() -> PromptSet:
     """One prompt for each of `CLASS_NAMES_100`, the colour by lot: "a red apple on a blue background".
 
     Training could show each glyph in the middle of its background, and may have said these very words:
     renderings and combinations are held out of it, captions as such are not.
     """
-    return _on_colours(SEEN_PROMPTS_TITLE, seed, held_out=False)
+    return _on_colours(SEEN_PROMPTS_TITLE, held_out=False)
 
 
 def seen_name_prompts() -> PromptSet:
@@ -159,17 +157,17 @@ def seen_name_prompts() -> PromptSet:
     return PromptSet(f"emoji ({NAME_PROMPTS_TITLE})", prompts, CLASS_NAMES_100)
 
 
-def combination_prompts(seed: int = 0) -> PromptSet:
+def combination_prompts() -> PromptSet:
     """As `seen_prompts`, each on a background in whose middle training never showed the glyph.
 
     Ten of `CLASS_NAMES_100` have no such background and are left out; they stay among the names to
     choose from. Training may have said the words, of a glyph elsewhere in its picture.
     """
-    return _on_colours(COMBINATION_PROMPTS_TITLE, seed, held_out=True)
+    return _on_colours(COMBINATION_PROMPTS_TITLE, held_out=True)
 
 
-def _on_colours(title: str, seed: int, *, held_out: bool) -> PromptSet:
-    stream = stable_hash(f"prompts {'combinations' if held_out else 'held-out'} {seed}")
+def _on_colours(title: str, *, held_out: bool) -> PromptSet:
+    stream = stable_hash(f"prompts {'combinations' if held_out else 'held-out'} {_SEED}")
     prompts = []
     for index, name in enumerate(CLASS_NAMES_100):
         glyph = glyph_by_name()[name]
@@ -182,5 +180,5 @@ def _on_colours(title: str, seed: int, *, held_out: bool) -> PromptSet:
         if colours:
             ground = Background("plain", (Draws(stream, index).choice(colours),), ())
             prompts.append(Prompt(f"{name} {ground_words(ground)[0]}", name))
-    about = f"emoji ({title}): {len(prompts)}, seed {seed}"
+    about = f"emoji ({title}): {len(prompts)}, seed {_SEED}"
     return PromptSet(about, tuple(prompts), CLASS_NAMES_100)

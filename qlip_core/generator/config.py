@@ -36,6 +36,9 @@ class GeneratorConfig:
     `separate_sub_tokens` each of the n sub-tokens has its own rows in the embedding and output tables
     (they mean different bits); without, all share 2^g rows, as LlamaGen's and UM3's single visual
     vocabulary does, and an embedding of the sub-token's number is added to the input.
+
+    `text_vocab_size` rows of words stand before the visual ones in both tables: for the unified model of
+    SPEC section 5, which reads and writes text too; 0 in a generator of pictures alone.
     """
 
     hidden_size: int

@@ -13,7 +13,8 @@ from qlip_core.generator.generate import TokenDrawer
 
 
 def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> GeneratorCheckpoint | None:
-    """The generator `named` (as `open_generator` takes it), or in the tokenizer's own folder; None where it has none.
+    """The generator `named` (as `open_generator` takes it), or in the tokenizer's own folder; None where it
+    has none.
 
     Raises ConfigError or CheckpointError, also for one that was made for another tokenizer.
     """

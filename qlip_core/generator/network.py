@@ -68,6 +68,11 @@ class Draw:
     def guided(self) -> bool:
         return bool((self.scales != 1).any())
 
+    @property
+    def rows(self) -> Captions:
+        """What the network runs on: the captions and, with guidance, as many null prefixes after them."""
+        return self.captions.with_null() if self.guided else self.captions
+
 
 class GeneratorNetwork(Protocol):
     """A generator on a device."""

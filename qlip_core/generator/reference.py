@@ -159,7 +159,8 @@ def visual_logits(w: Tensors, config: GeneratorConfig, x: np.ndarray, number: in
 
 
 def text_logits(w: Tensors, config: GeneratorConfig, x: np.ndarray) -> np.ndarray:
-    """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
+    """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5): for the unified model,
+    which reads and writes words beside sub-tokens. Drawing takes visual logits alone."""
     return x @ w["lm_head.weight"][: config.text_vocab_size].T
 
 
@@ -200,7 +201,7 @@ class ReferenceGenerator:
     def draw(self, order: Draw) -> Iterator[np.ndarray]:
         w, config = self.weights, self.config
         kind = np.dtype(self.dtype)
-        captions = order.captions.with_null() if order.guided else order.captions
+        captions = order.rows
         x = embed_prefix(w, captions.astype(kind))
         cos, sin = rotary_tables(config, positions(config))
         cos, sin = cos.astype(kind), sin.astype(kind)

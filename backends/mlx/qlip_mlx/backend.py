@@ -80,7 +80,7 @@ class MlxBackend:
         dtype: str,
     ) -> GeneratorNetwork:
         kind, bits = DTYPES[dtype]
-        linux_cpu = device == "cpu" and platform.system() == "Linux"
+        linux_cpu = _on_linux_cpu(device)
         with scope(device):
             model = generator.load(
                 config, weights, dtype=kind, bits=bits, kernels=PLAIN_CPU if linux_cpu else FUSED
@@ -103,7 +103,7 @@ class MlxNetwork:
         self._compile: Callable[[Forward], Forward] = mx.compile if compile else _as_is
         self._parts: dict[str, QLIP] = {}
         self._compiled: dict[str, Forward] = {}
-        linux_cpu = device == "cpu" and platform.system() == "Linux"
+        linux_cpu = _on_linux_cpu(device)
         # Those are made for operations that run one by one.
         self._kernels = PLAIN_CPU if linux_cpu and not compile else FUSED
         # There everything but a tuned BLAS uses one core a stream.
@@ -196,6 +196,11 @@ def scope(device: str) -> Iterator[None]:
             yield
     finally:
         mx.set_cache_limit(before)
+
+
+def _on_linux_cpu(device: str) -> bool:
+    """Where MLX's fused kernels are slower than plain ones, and one stream keeps one core busy."""
+    return device == "cpu" and platform.system() == "Linux"
 
 
 def _streams(count: int) -> list[mx.ThreadLocalStream]:

@@ -181,7 +181,7 @@ class Generator(nn.Module):
         return self.heads[number % len(self.heads)](states)
 
     def text_logits(self, states: mx.array) -> mx.array:
-        """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
+        """States that predict a word: [..., D] -> [..., text_vocab_size]: for the unified model (SPEC section 5)."""
         return self.text_head(states)
 
     def rope(self, at: np.ndarray | None = None) -> Rope:

@@ -19,7 +19,7 @@ import numpy as np
 
 from qlip_core.architecture import PARTS, architecture, diff_tensors, rotary_tables
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
-from qlip_core.errors import CheckpointError, ConfigError
+from qlip_core.errors import CheckpointError
 from qlip_mlx.kernels import FUSED, Kernels
 from qlip_mlx.quantize import fits, quantize
 
@@ -327,14 +327,9 @@ class QLIP(nn.Module):
     def hidden_states(self, pixels: mx.array, layer: int) -> mx.array:
         """State after `layer` layers [B, N+1, D], CLS first; 0 the embeddings, -1 the last layer.
 
-        Layers beyond it do not run. Raises ConfigError for a layer that is not there.
+        Layers beyond it do not run. That there is such a layer is for `qlip_core.Model` to check.
         """
-        layers = self.config.vision_config.num_hidden_layers
-        if not -layers - 1 <= layer <= layers:
-            raise ConfigError(
-                f"layer {layer} is not there: the encoder has hidden states 0 to {layers}"
-            )
-        return self.vision_model(pixels, layer % (layers + 1))
+        return self.vision_model(pixels, layer % (self.config.vision_config.num_hidden_layers + 1))
 
     def embed_image(self, cls: mx.array) -> mx.array:
         """cls [B, D] -> [B, P], not yet of unit length."""

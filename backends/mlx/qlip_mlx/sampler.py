@@ -137,7 +137,7 @@ class MlxGenerator:
     def _steps(self, order: Draw) -> Iterator[mx.array]:
         """The values of one step after the other, uint32 [B], queued but not waited for."""
         model, config = self.model, self.model.config
-        captions = order.captions.with_null() if order.guided else order.captions
+        captions = order.rows
         B, T = captions.valid.shape
         padded = not captions.seen().all()
         seen = mx.array(captions.seen())
