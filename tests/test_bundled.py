@@ -81,6 +81,20 @@ def test_it_says_what_it_is() -> None:
     assert sum(p.stat().st_size for p in BUNDLED.rglob("*") if p.is_file()) < 45e6
 
 
+def test_its_recipes_lie_beside_it_as_beside_any_exported_model() -> None:
+    pytest.importorskip("torch")
+    from qlip_torch.train.generator.recipe import GeneratorRecipe
+    from qlip_torch.train.recipe import Recipe
+
+    tokenizer = Recipe.from_file(BUNDLED / "recipe.toml")
+    generator = GeneratorRecipe.from_file(BUNDLED / "generator" / "recipe.toml")
+    assert (tokenizer.name, generator.name) == ("emoji-ship", "generator-emoji")
+    assert tokenizer == Recipe.load("emoji-ship")
+    # Compiled, over what is now the bundled tokenizer; how it draws was chosen afterwards.
+    later = ["engine.compile=true", "model.sampling.cfg_scale=3.0"]
+    assert generator == GeneratorRecipe.load("generator-emoji", later)
+
+
 def test_it_knows_the_names_that_training_saw() -> None:
     emoji = EmojiSet(96, seed=1, split="held-out", plain=True, names=CLASS_NAMES_100)
     drawn = [emoji.sample(i)[0] for i in range(100)]
