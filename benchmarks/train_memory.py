@@ -4,10 +4,11 @@
 
 The cases are train_torch.py's, and the steps are the trainer's own, run on fake tensors: shapes without
 values, so that sizes which no CPU could hold take minutes and hardly any memory. Counted are the bytes of
-all tensors alive at once, each rounded up to 512 as CUDA's allocator does, at most over two steps. The
+all tensors alive at once, each rounded up to 512 as CUDA's allocator does, at most in each of two steps. The
 blocks are not compiled, whatever the case says; what the allocator keeps aside, libraries' workspaces and
 what custom kernels allocate inside are not seen. The first figure is of what stays between steps: weights,
-and in stage 2 LPIPS and the discriminator; gradients and the optimizer's state come with the first step.
+the optimizer's state, and in stage 2 LPIPS and the discriminator. Stage 2's first step has the discriminator's
+R1 penalty, as every sixteenth has; the second has none.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def without_values() -> Iterator[None]:
         yield
 
 
-def count(config: QLIPConfig, case: Case, steps: int = 2) -> tuple[int, int]:
-    """(bytes before the first step, most bytes within `steps`) of a case."""
+def count(config: QLIPConfig, case: Case, steps: int = 2) -> tuple[int, list[int]]:
+    """(bytes before the first step, most bytes within each step) of a case."""
     engine: EngineRecipe = dataclasses.replace(case.engine, device="cpu", compile=False)
     world = World(0, 1, torch.device("cpu"))
     with without_values(), FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as bytes_:
@@ -122,9 +123,12 @@ def count(config: QLIPConfig, case: Case, steps: int = 2) -> tuple[int, int]:
             stage = build_stage2(model, recipe, engine, world, 0)
         before = bytes_.live
         batches = micro_batches(config, case, world)
+        peaks = []
         for step in range(steps):
+            bytes_.peak = bytes_.live
             stage.step(batches, step)
-        return before, bytes_.peak
+            peaks.append(bytes_.peak)
+        return before, peaks
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -135,13 +139,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     print(f"{args.preset}, torch {torch.__version__}, bfloat16 autocast, not compiled")
     print(f"{'stage':>5}{'batch':>7}{'micro':>7}{'checkpointed':>14}"
-          f"{'before, GB':>12}{'peak, GB':>10}{'paper':>7}{'seconds':>9}")  # fmt: skip
+          f"{'before, GB':>12}{'1st step':>10}{'2nd step':>10}{'paper':>7}{'seconds':>9}")  # fmt: skip
     for case in (CASES[int(number)] for number in args.cases.split(",")):
         began = time.perf_counter()
-        before, peak = count(PRESETS[args.preset], case)
+        before, peaks = count(PRESETS[args.preset], case)
         paper = f"{case.limit_gb:.0f}" if case.limit_gb else ""
         print(f"{case.stage:5}{case.batch:7,}{case.micro_batch:7,}{'yes' if case.checkpointing else 'no':>14}"
-              f"{before / 1e9:12.2f}{peak / 1e9:10.1f}{paper:>7}{time.perf_counter() - began:9.0f}",
+              f"{before / 1e9:12.2f}{peaks[0] / 1e9:10.1f}{peaks[1] / 1e9:10.1f}{paper:>7}{time.perf_counter() - began:9.0f}",
               flush=True)  # fmt: skip
 
 
