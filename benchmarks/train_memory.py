@@ -110,7 +110,11 @@ def count(config: QLIPConfig, case: Case, steps: int = 2) -> tuple[int, list[int
     """(bytes before the first step, most bytes within each step) of a case."""
     engine: EngineRecipe = dataclasses.replace(case.engine, device="cpu", compile=False)
     world = World(0, 1, torch.device("cpu"))
-    with without_values(), FakeTensorMode(allow_non_fake_inputs=True) as fake, LiveBytes() as bytes_:
+    with (
+        without_values(),
+        FakeTensorMode(allow_non_fake_inputs=True) as fake,
+        LiveBytes() as bytes_,
+    ):
         model = QLIP(config, PARTS if case.stage == 1 else STAGE2_PARTS)
         for module in model.modules():
             if isinstance(module, Rotary):
