@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -57,7 +58,7 @@ def whole_loop(recipe: Recipe, out: Path) -> list[float]:
         mock.patch("qlip_torch.train.run.validate_emoji", lambda *_: []),
     ):
         train(recipe, stage="1", out=out, say=lambda line: None)
-    return [after - before for before, after in zip(began, began[1:])]
+    return [after - before for before, after in pairwise(began)]
 
 
 def bare_loop(config: QLIPConfig, recipe: Recipe) -> Callable[[], float]:
