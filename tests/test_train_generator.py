@@ -485,7 +485,7 @@ def test_flops_of_llamagens_size() -> None:
 
 def test_shipped_recipes_read_and_survive_a_round_trip(tmp_path: Path) -> None:
     names = recipe_names(GENERATOR)
-    assert {"generator-emoji", "generator-b"} <= set(names)
+    assert {"generator-emoji", "generator-b", "generator-laptop"} <= set(names)
     assert not set(names) & set(recipe_names())
     for name in names:
         recipe = GeneratorRecipe.load(name)
