@@ -74,10 +74,6 @@ class QuantizerConfig:
                 "l2_norm=false is not a binary *spherical* quantizer: "
                 "only codes on the unit sphere are supported"
             )
-        if not self.soft_entropy:
-            raise ConfigError(
-                "soft_entropy=false is another loss: only the entropies of the soft assignment are supported"
-            )
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,6 @@ def test_parameters_of_the_published_size() -> None:
         ),
         ({"vision_config": {"quantizer": "bsq"}}, r"embed_dim \(=18\) must equal hidden_size"),
         ({"decoder_config": {"hidden_size": 384}}, r"\(=768\) must equal decoder_config"),
-        ({"vision_config": {"quantizer_cfg": {"soft_entropy": False}}}, "soft_entropy=false"),
         ({"text_config": {"rope": True}}, "text positions are learned"),
         ({"vision_config": {"rope": True, "num_attention_heads": 128}}, "divisible by 4, got 6"),
     ],

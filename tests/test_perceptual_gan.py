@@ -24,6 +24,10 @@ from qlip_torch.train.discriminator import (
     r1_is_due,
     r1_penalty,
 )
+from qlip_torch.train.distributed import World
+from qlip_torch.train.precision import Precision
+from qlip_torch.train.recipe import DiscriminatorRecipe, Stage2Recipe
+from qlip_torch.train.stage2 import Adversary
 
 CONVOLUTIONS = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
 TAPS = {2: 0, 7: 1, 14: 2, 21: 3, 28: 4}
@@ -268,6 +272,24 @@ def test_lazy_r1_hand_worked():
     assert model.a.grad is not None
     assert model.a.grad.item() == pytest.approx(16 * 10 / 2 * 8 * 0.5 * norm, rel=1e-5)
     assert [step for step in range(40) if r1_is_due(step)] == [0, 16, 32]
+
+
+def test_r1_of_a_few_images_at_a_time_is_r1_of_all(monkeypatch: pytest.MonkeyPatch):
+    discriminator = DiscriminatorRecipe(base_channels=256, r1_weight=10.0)
+    recipe = Stage2Recipe(discriminator=discriminator)
+    device = torch.device("cpu")
+    adversary = Adversary(discriminator, recipe, 16, Precision(False, device), World(0, 1, device))
+    adversary.module = model = Square()
+    real, made = pictures(5, 16, 0), pictures(5, 16, 1)
+    found = []
+    for rows in (2, 16):
+        monkeypatch.setattr("qlip_torch.train.stage2.R1_ROWS", rows)
+        model.a.grad = None
+        terms = adversary.backward(real, made, 0, share=0.5)
+        assert model.a.grad is not None
+        found.append((terms["r1"].item(), model.a.grad.item()))
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[1][0] == pytest.approx(r1_penalty(model, real).item(), rel=1e-6)
 
 
 def test_r1_reaches_the_discriminators_weights_under_autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
 from qlip_core.data.vocabulary import train_bpe
 from qlip_core.errors import CheckpointError, RecipeError
-from qlip_core.preprocessing import Preprocessing
+from qlip_core.preprocessing import CLIP_MEAN, Preprocessing
 from qlip_torch.model import QLIP
 from qlip_torch.train.assemble import write_tokenizer
 from qlip_torch.train.checkpoints import Checkpoints
@@ -190,22 +191,28 @@ def test_a_wrong_value_is_told_with_its_place_once(change: str, message: str) ->
         kind().changed([change])
 
 
-def test_a_start_that_normalises_otherwise_is_refused_before_stage_1(tmp_path: Path) -> None:
+def test_a_start_that_training_does_not_know_is_refused_before_stage_1(tmp_path: Path) -> None:
     train_bpe(WORDS * 4, 530, tmp_path / "tokenizer", context_length=12)
     recipe = recipe_of(tmp_path)
     config = recipe.model.config(**IDS)
-    save_checkpoint(
-        tmp_path / "start",
-        config,
-        init_weights(config, 1),
-        tokenizer_from=tmp_path / "tokenizer",
-        preprocessing=Preprocessing(16, mean=(0.5, 0.5, 0.5)),
-    )
-    recipe = recipe.changed([f"stage2.start={tmp_path / 'start'}"])
-    for stage in ("all", "2"):
-        with pytest.raises(RecipeError, match=r"^stage2\.start: .*start: normalises pixels by"):
-            train(recipe, stage=stage, out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    vision = config.vision_config
+    harder = replace(vision, quantizer_cfg=replace(vision.quantizer_cfg, soft_entropy=False))
+    for name, made, mean, message in (
+        ("a", config, (0.5, 0.5, 0.5), "normalises pixels by"),
+        ("b", replace(config, vision_config=harder), CLIP_MEAN, "soft_entropy=false"),
+    ):
+        save_checkpoint(
+            tmp_path / name,
+            made,
+            init_weights(config, 1),
+            tokenizer_from=tmp_path / "tokenizer",
+            preprocessing=Preprocessing(16, mean=mean),
+        )
+        changed = recipe.changed([f"stage2.start={tmp_path / name}"])
+        for stage in ("all", "2"):
+            with pytest.raises(RecipeError, match=rf"^stage2\.start: .*{name}: {message}"):
+                train(changed, stage=stage, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -142,7 +142,8 @@ def start_from(checkpoint: Checkpoint, origin: str) -> Start:
 
 
 def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
-    """The tokenizer of a checkpoint to go on from. Raises RecipeError if it has none, or other pixels."""
+    """The tokenizer of a checkpoint to go on from. Raises RecipeError if it has none, other
+    pixels, or another loss."""
     if checkpoint.tokenizer is None:
         raise RecipeError(f"{origin}: has no tokenizer files, and training reads captions")
     found = checkpoint.preprocessing
@@ -150,6 +151,10 @@ def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
         raise RecipeError(
             f"{origin}: normalises pixels by mean {found.mean} and deviation {found.std}; training "
             f"knows CLIP's alone, {CLIP_MEAN} and {CLIP_STD}"
+        )
+    if not checkpoint.config.vision_config.quantizer_cfg.soft_entropy:
+        raise RecipeError(
+            f"{origin}: soft_entropy=false, but training takes the soft codes' entropies"
         )
     return checkpoint.tokenizer
 
