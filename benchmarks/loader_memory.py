@@ -25,7 +25,7 @@ from PIL import Image
 
 import qlip_core as qlip
 from qlip_core.architecture import init_weights
-from qlip_core.data.shards import write_tar
+from qlip_core.data.tars import write_tar
 
 SIDE, BATCH = 32, 50
 _DIFFERENT = 50  # pictures; the others are copies of them

@@ -211,7 +211,7 @@ class Model:
     ) -> np.ndarray:
         """Logits float32 [B, T]: exp(logit_scale) times the cosine."""
         image = self.embed_images(images, batch_size=batch_size)
-        return self.logit_scale * image @ self.embed_texts(texts, batch_size=batch_size).T
+        return self.logit_scale * image @ self.embed_texts(texts, batch_size=4 * batch_size).T
 
     def classify(
         self,
@@ -225,7 +225,7 @@ class Model:
 
         A label's embedding is the mean over `templates` ("a photo of {}"), brought to unit length.
         """
-        classes = self.embed_labels(labels, templates, batch_size=batch_size)
+        classes = self.embed_labels(labels, templates, batch_size=4 * batch_size)
         logits = self.logit_scale * self.embed_images(images, batch_size=batch_size) @ classes.T
         return softmax(logits)
 

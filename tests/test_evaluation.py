@@ -15,7 +15,7 @@ from configurations import CONFIGURATIONS, random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_core.data.samples import Bad, Tally
+from qlip_core.data.samples import Tally
 from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, QlipError
 from qlip_core.evaluation import (
@@ -34,7 +34,7 @@ from qlip_core.evaluation.bits import CodeUsage
 from qlip_core.evaluation.examples import Part, batches, read_classes
 from qlip_core.evaluation.fid import FeatureStatistics, Gaussian, frechet_distance
 from qlip_core.evaluation.logistic import fit
-from qlip_core.evaluation.protocol import ReferenceHash, recipe_hash
+from qlip_core.evaluation.protocol import ReferenceHash, recipe_hash, weights_fingerprint
 from qlip_core.evaluation.retrieval import recall
 from qlip_core.evaluation.zero_shot import rank_of
 from qlip_core.metrics import psnr, ssim
@@ -256,7 +256,8 @@ def test_reconstruction_scores(model: qlip.Model) -> None:
     digest.add(before)
     assert protocol.reference == digest.hexdigest()
     assert (protocol.count, protocol.backend, protocol.dtype) == (7, "numpy", "float32")
-    assert protocol.model == model.checkpoint.visual_digest and protocol.recipe_sha256 is None
+    assert protocol.model == model.fingerprint and protocol.recipe_sha256 is None
+    assert protocol.weights_sha256 == model.checkpoint.weights_sha256
     assert protocol.version == qlip.__version__
     assert "centre crop 64x64" in protocol.preprocessing
     assert protocol.metrics["LPIPS"] == "mean absolute difference"
@@ -334,7 +335,7 @@ def test_zero_shot_is_classify(model: qlip.Model) -> None:
         of_class = right[np.array(truth) == i]
         assert result.details["classes"][name]["top-1"] == of_class.mean()
         assert result.details["classes"][name]["images"] == len(of_class)
-    assert result.protocol.model == model.checkpoint.digest  # the text tower counts
+    assert result.protocol.model == weights_fingerprint(model)  # the text tower counts
     with pytest.raises(DataError, match="'blue' is no class"):
         evaluate_zero_shot(model, examples, ["red", "green"])
     with pytest.raises(DataError, match="has no label"):
@@ -471,22 +472,20 @@ def test_stored_examples(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="limit"):
         StoredExamples(str(folder), limit=0)
 
-    # What lies beside the images of a folder is read as for training: a .json too, a .txt within its limit.
+    # What lies beside the images of a folder is read where it can be, and costs no image where it cannot.
     plain = tmp_path / "plain"
     plain.mkdir()
-    for name in "abc":
+    for name in "abcde":
         (plain / f"{name}.png").write_bytes(png(pictures(1)[0]))
     (plain / "a.json").write_text('{"caption": "a cat", "label": 3}')
     (plain / "b.txt").write_bytes(b"x" * (2**20 + 1))
-    (plain / "c.txt").mkdir()
-    *beside, bad = sorted(
-        StoredExamples(f"file://{plain}"), key=lambda each: (isinstance(each, Bad), each.key)
-    )
-    assert [(e.key, e.label, e.caption) for e in beside if isinstance(e, Example)] == [
-        ("a.png", "3", "a cat"),
-        ("c.png", "", ""),
-    ]
-    assert isinstance(bad, Bad) and (bad.key, bad.reason) == ("b.png", "too large")
+    (plain / "c.txt").write_bytes(b"caf\xe9")
+    (plain / "d.json").write_text("[")
+    (plain / "e.txt").mkdir()
+    assert [
+        (e.key, e.label, e.caption) if isinstance(e, Example) else e
+        for e in StoredExamples(f"file://{plain}")
+    ] == [("a.png", "3", "a cat"), *((f"{name}.png", "", "") for name in "bcde")]
 
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key, meta in (("a", {"label": 7}), ("b", {})):

@@ -50,7 +50,7 @@ from qlip_core.evaluation.generation import TOP1, TOP5
 from qlip_core.evaluation.grid import _broken, _cut, draw_sheet
 from qlip_core.evaluation.learned import learned_metrics
 from qlip_core.evaluation.prompts import captions_of
-from qlip_core.evaluation.protocol import text_hash
+from qlip_core.evaluation.protocol import text_hash, weights_fingerprint
 from qlip_core.generator.architecture import init_weights
 from qlip_core.generator.checkpoint import open_generator, save_generator
 from qlip_core.generator.config import GeneratorConfig
@@ -223,7 +223,7 @@ def test_protocol_says_who_drew_and_who_judged(
     result = evaluate_generation(model, named(), seed=4, n=2, templates=("{}", "a {}"))
     protocol = result.protocol
     assert (protocol.task, protocol.dataset, protocol.count) == ("text to image", "named", 12)
-    assert protocol.model == model.checkpoint.digest
+    assert protocol.model == weights_fingerprint(model)
     assert protocol.settings == {
         "seed": 4,
         "pictures_of_each_prompt": 2,
@@ -291,7 +291,7 @@ def test_another_judge_is_another_protocol(model: qlip.Model, official: Path) ->
     # The model's own weights under another name are still its own.
     again = evaluate_generation(model, named(), towers=QlipTowers(model))
     assert again.details["judged_by"] == own.details["judged_by"] and again == own
-    weights = qlip.open_checkpoint(official).digest
+    weights = weights_fingerprint(qlip.load(official, backend="numpy"))
     assert QlipTowers(qlip.load(official, backend="numpy")).protocol.endswith(weights)
 
 

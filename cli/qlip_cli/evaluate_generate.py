@@ -12,7 +12,7 @@ from qlip_cli import options
 from qlip_cli.generate import cuts_told, facts_of, settings_of
 from qlip_cli.inputs import read_lines
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
-from qlip_cli.outputs import picture_file, save_picture
+from qlip_cli.outputs import picture_file, save_picture, writing
 from qlip_cli.provenance import text_chunks
 from qlip_cli.results import (
     EMOJI,
@@ -120,7 +120,9 @@ def evaluate_generate(
     own = prompts is None and data == EMOJI
     files = ["generation"] if not own else [f"generation-{kind}" for kind in _EMOJI_PROMPTS]
     saving = Saving(out, files, force)
-    sheet = picture_file(grid, [], force=force) if grid is not None else None
+    sheet = None
+    if grid is not None:
+        sheet = picture_file(grid, [], force=force, option="--grid", made=out)
     among = read_lines(names) if names is not None else []
     from qlip_core.errors import DataError
     from qlip_core.evaluation import emoji, evaluate_generation, read_prompts
@@ -171,6 +173,8 @@ def evaluate_generate(
     if sheet is not None:
         drawn_by = {"generator": results[0][1].protocol.drawn_by["generator"]}
         facts = facts_of(network, seed, sampling) | drawn_by
+        with writing(sheet):
+            sheet.parent.mkdir(parents=True, exist_ok=True)
         _save_sheet(sheet, [each for _, each in results], facts)
     show(results, saving, json, [] if sheet is None else [sheet])
 

@@ -22,17 +22,25 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def output_file(
-    out: Path | None, default: str, *, force: bool, inputs: Iterable[str | Path] = ()
+    out: Path | None,
+    default: str,
+    *,
+    force: bool,
+    inputs: Iterable[str | Path] = (),
+    option: str = "-o",
+    made: Path | None = None,
 ) -> Path:
-    """The file to write: `out`, or `default` in it if it is a folder, or here.
+    """The file to write: `out`, or `default` in it if it is a folder, or here. `option` names it, and `made`
+    is a folder, checked already, that will be there by then.
 
     Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or no
     regular file, or lies in a folder that is absent or cannot be written to. A link stands for what it
     leads to.
     """
     path = Path(default) if out is None else out / default if out.is_dir() else out
-    check_free(path, force=force, inputs=inputs)
-    check_writable((path.resolve() if path.is_symlink() else path).parent, path)
+    check_free(path, force=force, inputs=inputs, option=option)
+    if made is None or path.parent != made:
+        check_writable((path.resolve() if path.is_symlink() else path).parent, path, option)
     return path
 
 
@@ -45,7 +53,7 @@ def check_free(
 
     if path.is_dir():
         raise QlipError(f"{path}: is a folder; name a file with {option}")
-    check_regular(path)
+    check_regular(path, option)
     if not path.exists():
         return
     if any(same_file(path, given) for given in inputs):
@@ -69,12 +77,12 @@ def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> 
     check_writable(there, folder, option)
 
 
-def check_regular(path: Path) -> None:
+def check_regular(path: Path, option: str = "-o") -> None:
     """Raises QlipError for what exists and is neither file nor folder: a rename would replace a device."""
     from qlip_core.errors import QlipError
 
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise QlipError(f"{path}: is a device or a pipe; name a file with -o")
+        raise QlipError(f"{path}: is a device or a pipe; name a file with {option}")
 
 
 def check_writable(folder: Path, path: Path, option: str = "-o") -> None:
@@ -120,17 +128,24 @@ def _reason(error: OSError) -> str:
 # -- pictures ----------------------------------------------------------------------------------
 
 
-def picture_file(path: Path, inputs: Iterable[str | Path], *, force: bool) -> Path:
+def picture_file(
+    path: Path,
+    inputs: Iterable[str | Path],
+    *,
+    force: bool,
+    option: str = "-o",
+    made: Path | None = None,
+) -> Path:
     """`output_file` for a picture: a name without a suffix becomes a PNG, and a suffix that is not
     of a picture this command writes is a QlipError."""
     from qlip_core.errors import QlipError
 
-    check_regular(path)
+    check_regular(path, option)
     if not path.suffix:
         path = path.with_name(f"{path.name}.png")
     if path.suffix.lower() not in PICTURES:
         raise QlipError(f"{path}: pictures are written as one of {', '.join(PICTURES)}")
-    return output_file(path, path.name, force=force, inputs=inputs)
+    return output_file(path, path.name, force=force, inputs=inputs, option=option, made=made)
 
 
 def save_picture(

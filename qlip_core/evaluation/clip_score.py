@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from qlip_core.errors import DataError
+from qlip_core.evaluation.protocol import weights_fingerprint
 from qlip_core.hub import find_model
 from qlip_core.model import Model
 from qlip_core.strict import peek_json
@@ -48,8 +49,8 @@ class QlipTowers:
     def __init__(self, model: Model) -> None:
         self._model = model
         self.name = str(model.checkpoint.folder)
-        digest = model.checkpoint.digest
-        self.protocol = f"QLIP's towers at {model.config.image_size} px, weights {digest}"
+        weights = weights_fingerprint(model)
+        self.protocol = f"QLIP's towers at {model.config.image_size} px, weights {weights}"
 
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         return self._model.embed_images(list(images))

@@ -17,13 +17,14 @@ from typing import Any
 import numpy as np
 
 import qlip_core
+from qlip_core.architecture import architecture
 from qlip_core.errors import DataError, QlipError
 from qlip_core.model import Model
 
 # What is compared, and not how it is measured: these may differ between two results. So may what a
 # set is called, where its pictures and labels are the same.
 SUBJECT = (
-    *("dataset", "model", "model_name", "recipe_sha256"),
+    *("dataset", "model", "model_name", "weights_sha256", "recipe_sha256"),
     *("backend", "device", "dtype", "version", "drawn_by"),
 )
 
@@ -41,7 +42,7 @@ class Protocol:
     reference: str
     """SHA-256 of the images as the model sees them (uint8 [S, S, 3], in order) and of their labels."""
     model: str
-    """Digest of the weights that the task uses, all of them (`Checkpoint.digest`, or of the visual towers)."""
+    """Fingerprint of the towers that the task uses; of the visual ones alone it is `qlip info`'s."""
     model_name: str
     backend: str
     device: str
@@ -54,6 +55,8 @@ class Protocol:
     """All else that changes the figures: templates, k, splits, the seed."""
     drawn_by: Mapping[str, Any] = field(default_factory=dict)
     """Of drawn pictures: fingerprints of the generator and its tokenizer, and how it was sampled."""
+    weights_sha256: str | None = None
+    """Of all weights, value by value (`Checkpoint.weights_sha256`)."""
     recipe_sha256: str | None = None
     """Of the recipe.toml in the model's folder."""
 
@@ -112,7 +115,7 @@ def make_protocol(
             f"mean {list(mean)}, std {list(std)}"
         ),
         reference=reference,
-        model=checkpoint.digest if uses_text else checkpoint.visual_digest,
+        model=weights_fingerprint(model) if uses_text else checkpoint.fingerprint,
         model_name=str(checkpoint.folder),
         backend=model.backend,
         device=model.device,
@@ -121,8 +124,19 @@ def make_protocol(
         metrics=dict(metrics or {}),
         settings=dict(settings or {}),
         drawn_by=dict(drawn_by or {}),
+        weights_sha256=checkpoint.weights_sha256,
         recipe_sha256=recipe_hash(checkpoint.folder),
     )
+
+
+def weights_fingerprint(model: Model) -> str:
+    """32 hex digits of the visual towers (as token files have it) and the whole text tower."""
+    digest = hashlib.sha256(model.fingerprint.encode())
+    for name, spec in sorted(architecture(model.config).items()):
+        if spec.part == "text":
+            digest.update(name.encode())
+            digest.update(np.ascontiguousarray(model.checkpoint.tensor(name), "<f4").data)
+    return digest.hexdigest()[:32]
 
 
 def recipe_hash(folder: Path) -> str | None:

@@ -150,7 +150,7 @@ class Adversary:
     def _penalize(self, pixels: Tensor, share: float) -> Tensor:
         """Add R1's gradients, a few images at a time."""
         penalty = pixels.new_zeros(())
-        for rows in pixels.split(R1_ROWS):
+        for rows in pixels.chunk(-(-len(pixels) // R1_ROWS)):
             part = r1_penalty(self.module, rows, self.recipe.r1_weight, self.recipe.r1_every)
             part = part * (len(rows) / len(pixels))
             (part * share).backward()
