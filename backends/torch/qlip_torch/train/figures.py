@@ -68,10 +68,18 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     Of a step that was done twice, before and after a run was cut off, the last line counts.
     """
     try:
+        from matplotlib.axes import Axes
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError:
         return False
+
+    def logarithmic(axis: Axes) -> None:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(LogFormatter())  # 0.1 and not 10^-1
+        axis.yaxis.set_minor_formatter(LogFormatter())
+
     lines = sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
     names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
     series = {
@@ -87,17 +95,23 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     columns = 3
     probed = [v for v in lines if "layer_norms" in v]
     rows = -(-(len(series) + bool(probed)) // columns)
-    figure = Figure(figsize=(4.5 * columns, 2.8 * rows), layout="constrained")
+    width, height = 4.5 * columns, 2.8 * rows
+    figure = Figure(figsize=(width, height))
+    # Margins in inches, wide enough for all labels: a layout that looks for them draws everything twice.
+    figure.subplots_adjust(
+        0.65 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.42
+    )
     FigureCanvasAgg(figure)
     for i, (name, points) in enumerate(series.items(), 1):
         axis = figure.add_subplot(rows, columns, i)
         axis.plot(*zip(*points), linewidth=1)
         axis.set_title(_TITLES.get(name) or name.replace("_", " "), fontsize=9)
         axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(which="both", labelsize=8)
         axis.grid(alpha=0.3)
         # Empty until the first line is written.
         if points and name in _LOGARITHMIC and min(y for _, y in points) > 0:
-            axis.set_yscale("log")
+            logarithmic(axis)
     if probed:
         axis = figure.add_subplot(rows, columns, len(series) + 1)
         for name in probed[-1]["layer_norms"]:
@@ -105,7 +119,8 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
             axis.plot([v["step"] for v in probed], norms, label=name)
         axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-        axis.set_yscale("log")
+        axis.tick_params(which="both", labelsize=8)
+        logarithmic(axis)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     with atomic_file(path) as file:
