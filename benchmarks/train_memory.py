@@ -8,7 +8,7 @@ all tensors alive at once, each rounded up to 512 as CUDA's allocator does, at m
 blocks are not compiled, whatever the case says; what the allocator keeps aside, libraries' workspaces and
 what custom kernels allocate inside are not seen. The first figure is of what stays between steps: weights,
 the optimizer's state, and in stage 2 LPIPS and the discriminator. Stage 2's first step has the discriminator's
-R1 penalty, as every sixteenth has; the second has none.
+R1 penalty, as every sixteenth has, sixteen images at a time; the second has none.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ CASES = (
     Case("compiled, accumulated", 2048, 128, compile=True, limit_gb=51),
     Case("both, accumulated", 1024, 128, compile=True, checkpointing=True, limit_gb=28),
     Case("LPIPS and GAN, accumulated", 256, 64, compile=True, stage=2, limit_gb=42),
-    Case("LPIPS and GAN, checkpointed", 256, 256, stage=2, checkpointing=True, limit_gb=42),
+    Case("LPIPS and GAN, checkpointed", 256, 64, stage=2, checkpointing=True, limit_gb=42),
     Case("checkpointed", 1024, 1024, checkpointing=True, limit_gb=28),
 )
 
