@@ -209,7 +209,8 @@ class Model:
     def similarity(
         self, images: Images, texts: Texts, *, batch_size: int = DEFAULT_BATCH
     ) -> np.ndarray:
-        """Logits float32 [B, T]: exp(logit_scale) times the cosine."""
+        """Logits float32 [B, T]: exp(logit_scale) times the cosine. Of texts, which are short, four times
+        `batch_size` are taken at once, here and in `classify`."""
         image = self.embed_images(images, batch_size=batch_size)
         return self.logit_scale * image @ self.embed_texts(texts, batch_size=4 * batch_size).T
 
