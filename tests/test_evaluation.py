@@ -15,7 +15,7 @@ from configurations import CONFIGURATIONS, random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_core.data.samples import Tally
+from qlip_core.data.samples import Bad, Tally
 from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, QlipError
 from qlip_core.evaluation import (
@@ -472,20 +472,28 @@ def test_stored_examples(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="limit"):
         StoredExamples(str(folder), limit=0)
 
-    # What lies beside the images of a folder is read where it can be, and costs no image where it cannot.
+    # What lies beside the images of a folder is read as for training; large annotations are not needed.
     plain = tmp_path / "plain"
     plain.mkdir()
-    for name in "abcde":
+    for name in "abcdef":
         (plain / f"{name}.png").write_bytes(png(pictures(1)[0]))
     (plain / "a.json").write_text('{"caption": "a cat", "label": 3}')
-    (plain / "b.txt").write_bytes(b"x" * (2**20 + 1))
-    (plain / "c.txt").write_bytes(b"caf\xe9")
-    (plain / "d.json").write_text("[")
-    (plain / "e.txt").mkdir()
-    assert [
-        (e.key, e.label, e.caption) if isinstance(e, Example) else e
-        for e in StoredExamples(f"file://{plain}")
-    ] == [("a.png", "3", "a cat"), *((f"{name}.png", "", "") for name in "bcde")]
+    (plain / "b.json").write_bytes(b" " * (2**20 + 1))
+    (plain / "c.txt").mkdir()
+    (plain / "d.txt").write_bytes(b"x" * (2**20 + 1))
+    (plain / "e.txt").write_bytes(b"caf\xe9")
+    (plain / "f.json").write_text("[")
+    found = list(StoredExamples(f"file://{plain}"))
+    assert [(e.key, e.label, e.caption) for e in found if isinstance(e, Example)] == [
+        ("a.png", "3", "a cat"),
+        ("b.png", "", ""),
+        ("c.png", "", ""),
+    ]
+    assert [(e.key, e.reason) for e in found if isinstance(e, Bad)] == [
+        ("d.png", "too large"),
+        ("e.png", "caption is not UTF-8"),
+        ("f.png", "metadata is not a JSON object"),
+    ]
 
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for key, meta in (("a", {"label": 7}), ("b", {})):

@@ -534,7 +534,7 @@ def test_eval_generate_of_a_file(
     lines = [f"{prompt.text}\t{prompt.name}" for prompt in prompts.prompts]
     Path("prompts.txt").write_text("\n".join(lines))
     given = ["--prompts", "prompts.txt", "-n", "2", "--seed", "3", "--top-k", "9"]
-    outputs = ["--out", "results", "--grid", "drawn.png"]
+    outputs = ["--out", "results", "--grid", "results/drawn.png"]  # a folder that is not there yet
     assert main([*command, *given, *outputs, "--json"]) == 0
     captured = capsys.readouterr()
     (found,) = json.loads(captured.out)["results"]
@@ -544,22 +544,22 @@ def test_eval_generate_of_a_file(
     assert found["scores"] == expected.scores and found["details"] == expected.details
     assert Result.load("results/generation.json").scores == expected.scores
 
-    with Image.open("drawn.png") as sheet:
+    with Image.open("results/drawn.png") as sheet:
         assert sheet.size == (2 * (128 + 4), 16 + 3 * (128 + 32 + 4))
         first = np.asarray(sheet)[16 : 16 + 128 : 4, :128:4]
     [picture] = model.generate([prompts.prompts[0].text], seed=3, top_k=9)
     np.testing.assert_array_equal(first, picture)
-    assert main(["info", "drawn.png", "--json"]) == 0
+    assert main(["info", "results/drawn.png", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["prompts"] == [line.split("\t")[0] for line in lines for _ in range(2)]
     assert record["generator"] == expected.protocol.drawn_by["generator"]
 
-    for option, path in zip(outputs[::2], ("results/generation.json", "drawn.png")):
+    for option, path in zip(outputs[::2], ("results/generation.json", "results/drawn.png")):
         assert main([*command, *given, option, outputs[outputs.index(option) + 1]]) == 2
         assert f"{path}: exists already" in capsys.readouterr().err
     assert main([*command, *given, *outputs, "--force"]) == 0
     text = capsys.readouterr().out
-    assert "text to image: prompts.txt" in text and "drawn.png\n" in text
+    assert "text to image: prompts.txt" in text and "results/drawn.png\n" in text
     assert "a model that grades itself flatters itself" in text
     assert "gFID: no weights of FID's Inception-V3 were given" in text
     assert "conditioner qlip-text, temperature 1.0, top_k 9" in text and "seed 3, of each" in text

@@ -89,7 +89,7 @@ def make_sample(
             meta, wrong = None, str(error).split("\n", 1)[0]
     if meta is not None and not isinstance(meta, dict):
         meta, wrong = None, f"a {type(meta).__name__}"
-    if wrong and caption is None and needs_caption:
+    if wrong and caption is None:
         return Bad(key, where, NOT_JSON, wrong)
     meta = meta or {}
     if label is not None and not label_of(meta):
@@ -105,9 +105,7 @@ def make_sample(
         try:
             caption = caption.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            if needs_caption:
-                return Bad(key, where, NOT_UTF8, f"byte {error.start}")
-            caption = ""
+            return Bad(key, where, NOT_UTF8, f"byte {error.start}")
     caption = caption.strip()
     if not caption and needs_caption:
         return Bad(key, where, EMPTY_CAPTION)

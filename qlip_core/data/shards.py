@@ -89,8 +89,8 @@ class FolderSource:
                     continue
                 size = file.stat().st_size
                 if size > self.limits.text_bytes:
-                    if ".txt" in beside or not self.limits.caption:
-                        continue  # not needed
+                    if suffix == ".json" and (".txt" in beside or not self.limits.caption):
+                        continue  # not needed: the annotations of something else, perhaps
                     return Bad(key, self.location, TOO_LARGE, f"{suffix} of {size} bytes")
                 beside[suffix] = file.read_bytes()
         except OSError as error:
