@@ -21,6 +21,7 @@ from training import (
     curve,
     finish,
     in_haste,
+    metrics_in,
     settings,
     start_run,
     with_curves,
@@ -42,7 +43,7 @@ from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.figures import save_curves
 from qlip_torch.train.lock import only_run_in
-from qlip_torch.train.metrics import Metrics, Speed, read_metrics
+from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.plan import activation_bytes, make_plan
 from qlip_torch.train.precision import Precision
@@ -563,17 +564,7 @@ def test_skipped_samples_are_told_and_counted(
 
 
 def test_the_live_line_keeps_whole_what_matters_most(tmp_path: Path) -> None:
-    metrics = Metrics(
-        tmp_path,
-        1,
-        stage=1,
-        steps=120_000,
-        start=0,
-        batch=65_536,
-        code_dim=28,
-        speed=Speed(1e11, 1e12, 1),
-        device=torch.device("cpu"),
-    )
+    metrics = metrics_in(tmp_path, steps=120_000, batch=65_536, code_dim=28)
     names = ("mse", "commitment", "bsq", "per_sample_entropy", "codebook_entropy", "align")
     bits = Bits((0.0, *(0.5,) * 26, 0.98))
     report = StepReport(dict.fromkeys(names, 1.0), 1003.5, 0.1, 1.0, bits)

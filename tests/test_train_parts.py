@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training import WORDS, settings
+from training import WORDS, metrics_in, settings
 
 from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint, save_checkpoint
@@ -23,7 +23,6 @@ from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
 from qlip_torch.train.generator.recipe import GeneratorRecipe
-from qlip_torch.train.metrics import Metrics, Speed
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
@@ -256,17 +255,7 @@ def test_each_value_is_plotted_once(tmp_path: Path) -> None:
         def close(self) -> None:
             pass
 
-    metrics = Metrics(
-        tmp_path,
-        1,
-        stage=1,
-        steps=2,
-        start=0,
-        batch=4,
-        code_dim=8,
-        speed=Speed(1e11, 1e12, 1),
-        device=torch.device("cpu"),
-    )
+    metrics = metrics_in(tmp_path)
     board = metrics._board = Board()
     for done in (1, 2):
         metrics.record(done, StepReport({"mse": 1.0}, 1.0, 0.1, 1.0, None))

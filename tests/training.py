@@ -100,6 +100,15 @@ def curve(run: Path, stage: int = 1) -> list[tuple[int, dict[str, float], float]
     return [(line["step"], line["terms"], line["gradient_norm"]) for line in lines]
 
 
+def metrics_in(folder: Path, **changes: Any) -> Any:
+    """Metrics of two steps of stage 1 on the CPU, written at each."""
+    from qlip_torch.train.metrics import Metrics, Speed
+
+    given = {"stage": 1, "steps": 2, "start": 0, "batch": 4, "code_dim": 8} | changes
+    device = torch.device("cpu")
+    return Metrics(folder, 1, speed=Speed(1e11, 1e12, 1), device=device, **given)
+
+
 def write_recipe(path: Path, values: dict[str, Any]) -> Path:
     from qlip_torch.train.recipe import Recipe
 
