@@ -171,8 +171,7 @@ def evaluate_generate(
         results.append((name, result))
         left = max(0, left - count)
     if sheet is not None:
-        drawn_by = {"generator": results[0][1].protocol.drawn_by["generator"]}
-        facts = facts_of(network, seed, sampling) | drawn_by
+        facts = facts_of(network, seed, sampling)
         with writing(sheet):
             sheet.parent.mkdir(parents=True, exist_ok=True)
         _save_sheet(sheet, [each for _, each in results], facts)
