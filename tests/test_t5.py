@@ -50,6 +50,7 @@ def test_captions_end_together(folder: Path) -> None:
         np.testing.assert_allclose(features[row, 5 - len(ids) :], states, atol=1e-5)
         assert (features[row, : 5 - len(ids)] == 0).all()
     assert encoder.count(["a cat", "a red dog cat a dog"]) == [3, 7]
+    assert T5Encoder("nowhere", 5, "cpu").count([]) == []  # nothing to encode, nothing loaded
 
 
 def test_generators_name_their_t5(folder: Path, tmp_path: Path) -> None:

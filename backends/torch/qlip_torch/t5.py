@@ -49,8 +49,10 @@ class T5Encoder:
         return out, valid[:, ::-1].copy()
 
     def count(self, prompts: Sequence[str]) -> list[int]:
+        if not prompts:
+            return []
         tokenizer, _ = self._load()
-        return [len(ids) for ids in tokenizer(list(prompts)).input_ids] if prompts else []
+        return [len(ids) for ids in tokenizer(list(prompts)).input_ids]
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
