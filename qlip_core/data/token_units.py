@@ -31,10 +31,6 @@ class Unit:
     parts: range
     origin: Origin
 
-    @property
-    def address(self) -> str:
-        return self.origin.shard
-
 
 def units_of(source: AnySource, shard_size: int = SHARD_SIZE) -> list[Unit]:
     """All units of a set, in its order. Raises DataError where two would bear the same name."""

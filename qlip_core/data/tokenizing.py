@@ -233,7 +233,6 @@ class _Decoding:
     """A sample whose pixels are on their way."""
 
     sample: Sample
-    where: str
     pixels: Future[np.ndarray]
 
 
@@ -255,8 +254,8 @@ def _prepared(
                 try:
                     pixels.append(event.pixels.result())
                 except ImageError as error:
-                    key = event.sample.key
-                    yield Bad(key, event.where, BROKEN_IMAGE, str(error).removeprefix(f"{key}: "))
+                    key, where = event.sample.key, event.sample.where
+                    yield Bad(key, where, BROKEN_IMAGE, str(error).removeprefix(f"{key}: "))
                     continue
                 captions.append(event.sample.caption)
                 keys.append(event.sample.key)
@@ -295,7 +294,7 @@ def _started(
                 yield item
             else:
                 future = executor.submit(model.preprocessing, item.image_bytes, item.key)
-                yield _Decoding(item, unit.address, future)
+                yield _Decoding(item, future)
     except DataError as error:
         yield _Done(unit, str(error))
     else:
