@@ -161,8 +161,6 @@ def describe_generator(path: Path, json: bool) -> None:
 
 
 def generator_sizes(config: GeneratorConfig) -> dict[str, Any]:
-    from dataclasses import asdict
-
     from qlip_core.generator.architecture import parameter_count
 
     return {
@@ -174,7 +172,7 @@ def generator_sizes(config: GeneratorConfig) -> dict[str, Any]:
         "prefix_length": config.prefix_length,
         "tokens_per_image": config.tokens_per_image,
         "values_per_token": config.visual_vocab_size,
-        "sampling": asdict(config.sampling),
+        "sampling": config.sampling.to_dict(),
     }
 
 
