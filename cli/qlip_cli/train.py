@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qlip_cli.options import Force, Json
+from qlip_cli.options import Force, Json, quiet_hub
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def train(
     from qlip_core.errors import RecipeError
     from qlip_core.training import get_trainer
 
+    quiet_hub()
     trainer = get_trainer(backend)
     mode, rest = "", list(words or [])
     if rest and rest[0] in (GENERATOR, BALANCE, EXPORT):
