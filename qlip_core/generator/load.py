@@ -26,13 +26,13 @@ def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> Generato
     if made_for and made_for != ours:
         raise CheckpointError(
             f"{folder}: this generator was made for another tokenizer ({made_for}, this one is {ours}): "
-            "name the model it was trained with (--model)"
+            "name the model it was trained with"
         )
     text, ours = found.config.text_tower, checkpoint.text_fingerprint
     if text and text != ours:
         raise CheckpointError(
             f"{folder}: this generator takes captions from another text tower ({text}, this one is "
-            f"{ours}): name the model it was trained with (--model)"
+            f"{ours}): name the model it was trained with"
         )
     if problem := found.config.misfit(checkpoint.config):
         raise CheckpointError(f"{folder}: this generator does not fit the model: {problem}")
