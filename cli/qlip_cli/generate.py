@@ -92,7 +92,7 @@ def generate(
 
         names_text(all_prompts)  # what cannot be saved is said before any work
     names = picture_names(all_prompts, seed)
-    sheet_name = names[0] if len(wanted) == 1 else f"sheet-{seed}.png"
+    sheet_name = f"{slug(wanted[0]) if len(wanted) == 1 else 'sheet'}-{seed}.png"
     out = output or Path(names[0] if count == 1 else sheet_name if grid else "generated")
     if grid and count > 1 and out.is_dir():
         out = out / sheet_name
