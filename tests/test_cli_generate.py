@@ -262,6 +262,7 @@ def test_names_follow_prompts() -> None:
         (["a", "--cfg-scale", "nan"], "cfg_scale (=nan) must be a number from 0 to 100"),
         (["a", "--cfg-schedule", "cosine"], 'cfg_schedule is "cosine"'),
         (["a", "--prompts-file", "absent.txt"], "absent.txt: cannot be read"),
+        (["--prompts-file", "/dev/null"], "/dev/null: no prompts in it"),
         (["a", "--generator", "absent"], "absent: no such folder"),
         (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
         (["a", "-o", "/dev/null"], "/dev/null: is a device or a pipe"),

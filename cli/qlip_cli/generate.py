@@ -146,7 +146,10 @@ def collect_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     """The prompts of the command line, then those of the file. Raises TextError if there are none."""
     from qlip_core.errors import TextError
 
-    prompts = [*(given or []), *(read_lines(file) if file is not None else [])]
+    lines = [] if file is None else read_lines(file)
+    if file is not None and not lines:
+        raise TextError(f"{file}: no prompts in it; they stand one a line")
+    prompts = [*(given or []), *lines]
     if not prompts:
         raise TextError(
             'no prompts: give some, as in `qlip generate "a cat"`, or --prompts-file FILE '
