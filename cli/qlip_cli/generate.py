@@ -197,7 +197,7 @@ def check_count(count: int, output: Path | None, grid: bool) -> None:
 
 
 def slug(prompt: str) -> str:
-    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")
+    words = re.sub(r"[^\w]+", "-", prompt.lower()).strip("-_")[:60]
     while len(words.encode()) > 60:
         words = words[:-1]
     return words.strip("-_") or "picture"
