@@ -160,7 +160,10 @@ def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
     path = shard_path(out, unit)
     if not path.exists():
         return False
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except TokenFileError as error:
+        raise TokenFileError(f"{error}; delete it and run the same command again") from None
     # Made of what there was of an archive that broke off, a download say. It has come whole since.
     cut = BROKEN_ARCHIVE in header.skipped["counts"]
     if cut and not header.origin.same_input(unit.origin):
