@@ -569,10 +569,15 @@ def test_a_shard_that_cannot_be_read_is_left_for_the_next_run(cli: Qlip, tars: s
 def test_what_a_user_did_wrong(cli: Qlip, tars: str) -> None:
     write_tar(Path("wordless.tar"), [("a", {"png": png(1)})])
     Path("file").write_text("x")
+    Path("file.PNG").write_bytes(png(1))
+    Path("cut").mkdir()
+    Path("cut/000.safetensors").write_bytes(b"x")
     for arguments, message in (
         (["wordless.tar", "-o", "out"], "none of the 1 samples could be used (no caption: 1)"),
         (["absent.tar", "-o", "out"], "absent.tar: no such file or folder"),
         ([tars, "-o", "file"], "file: exists and is not a folder"),
+        (["file.PNG", "-o", "out"], "file.PNG: is an image: name the folder of the images"),
+        ([tars, "-o", "cut"], "delete it and run the same command again"),
         ([tars, "-o", "absent/out"], "absent does not exist"),
         ([tars], "missing option"),
         ([tars, "-o", "o", "--augmentation", "crop"], "must be one of none, flip"),

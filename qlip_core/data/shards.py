@@ -20,7 +20,7 @@ from qlip_core.data.parquet import ParquetSource
 from qlip_core.data.samples import TOO_LARGE, UNREADABLE, Bad, Limits, Sample, make_sample
 from qlip_core.data.tars import tar_samples
 from qlip_core.errors import DataError
-from qlip_core.images import find_images
+from qlip_core.images import SUFFIXES, find_images
 
 # Whoever reads on past a shard by chance has not read the same set; an empty one is counted as broken.
 _WITHOUT_A_SHARD = "; restore it, or put an empty file in its place to go on without it"
@@ -124,6 +124,9 @@ def open_source(location: str, limits: Limits | None = None) -> AnySource:
             raise DataError(f"{location}: stands for several folders; give each as its own source")
         # As a wildcard may stand for it, the folder itself is what is read from.
         return _open_folder(folders[0], local_path(folders[0]), limits)
+    for address in addresses:  # which would be read as a tar
+        if not scheme(address) and local_path(address).suffix.lower() in SUFFIXES:
+            raise DataError(f"{address}: is an image: name the folder of the images")
     parquet = [a for a in addresses if a.split("?")[0].endswith(".parquet")]
     if parquet and len(parquet) < len(addresses):
         other = next(a for a in addresses if a not in parquet)
