@@ -115,7 +115,7 @@ def encode_prompts(
         if values.shape[1:] != shape[1:]:
             raise GenerationError(
                 f"the conditioner gives {list(values.shape[1:])} a caption, the generator takes "
-                f"{list(shape[1:])}: it was trained with another one"
+                f"{list(shape[1:])} (prefix_length, condition_size): it was made for another one"
             )
         row = {prompt: i for i, prompt in enumerate(told)}
         for i, prompt in enumerate(prompts):
