@@ -179,6 +179,7 @@ def test_config_survives_its_json(config: GeneratorConfig) -> None:
         ({"sampling": {"topk": 1}}, 'unknown key "sampling.topk"'),
         ({"model_type": "clip"}, 'model_type is "clip", expected "qlip_generator"'),
         ({"dropout": 1.0}, "dropout .=1.0. must be in"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers .=1000000000. is over 1024"),
     ],
 )
 def test_bad_configs_are_named(change: dict, message: str) -> None:

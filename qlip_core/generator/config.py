@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlip_core.config import MAX_LENGTH, QLIPConfig
+from qlip_core.config import MAX_LAYERS, MAX_LENGTH, QLIPConfig
 from qlip_core.errors import ConfigError, GenerationError
 from qlip_core.generator.sampling import Sampling
 from qlip_core.strict import read_json, scalar, unknown_key
@@ -85,6 +85,8 @@ class GeneratorConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.intermediate_size == 0:
             object.__setattr__(self, "intermediate_size", default_intermediate(self.hidden_size))
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ConfigError(f"num_hidden_layers (={self.num_hidden_layers}) is over {MAX_LAYERS}")
         self._check_heads()
         self._check_image()
         self._check_conditioner()
