@@ -67,6 +67,7 @@ def describe_shard(path: Path, json: bool) -> None:
             ("size", f"{size_text(settings.row_bytes)} an image, {size_text(header.size)} in all"),
             ("made by", settings.model),
             ("from", f"{origin.shard} (shard {origin.number + 1} of {origin.of})"),
+            ("left out", _left_out(header.skipped)),
         ],
         indent=2,
     )
@@ -103,7 +104,6 @@ def describe_shards(path: Path, json: bool) -> None:
     rest = (
         "complete" if document["complete"] else f"of {origin.of}: `qlip tokenize` has not finished"
     )
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped["counts"].items())
     size = f"{size_text(settings.row_bytes)} an image, {size_text(document['file_bytes'])} in all"
     print_line(str(path))
     print_facts(
@@ -114,10 +114,15 @@ def describe_shards(path: Path, json: bool) -> None:
             ("size", size),
             ("made by", settings.model),
             ("from", origin.source),
-            ("left out", reasons or "nothing"),
+            ("left out", _left_out(skipped)),
         ],
         indent=2,
     )
+
+
+def _left_out(skipped: dict[str, Any]) -> str:
+    counts = skipped["counts"].items()
+    return ", ".join(f"{reason}: {count}" for reason, count in counts) or "nothing"
 
 
 def describe_tokens(path: Path, json: bool) -> None:
