@@ -205,7 +205,13 @@ def slug(prompt: str) -> str:
 
 def token_path(target: Path, force: bool) -> Path:
     """Where the tokens of a picture or a folder go: beside it, with the suffix .qlip."""
+    from qlip_core.errors import QlipError
+
     target = target.resolve() if not target.name or target.name == ".." else target
+    if not target.name:
+        raise QlipError(
+            f"{target}: nothing lies beside it, where the tokens go; name a folder in it"
+        )
     stem = target.stem if target.suffix.lower() in PICTURES else target.name
     return output_file(target.with_name(f"{stem}.qlip"), "", force=force)
 
