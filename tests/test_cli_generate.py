@@ -256,6 +256,7 @@ def test_names_follow_prompts() -> None:
     [
         ([], 'no prompts: give some, as in `qlip generate "a cat"`'),
         (["a", "--seed", "x"], "invalid value for '--seed'"),
+        (["a", "--seed"], "requires an argument; see the command's --help"),
         (["a", "--seed", "-1"], "seed (=-1) must be 0 to 2^64 - 1"),
         (["a", "--top-k", "129"], "top_k (=129) must be 0 (all) to 128"),
         (["a", "--top-p", "0"], "top_p (=0.0) must be above 0"),

@@ -155,10 +155,11 @@ def explain(error: Exception) -> tuple[str, int]:
     usage = typer.BadParameter.__mro__[1]  # click's UsageError, which typer carries with it
     if isinstance(error, usage):
         context = getattr(error, "ctx", None)
-        where = context.command_path if context else "qlip"
+        # The parser of options knows no command.
+        where = f"`{context.command_path} --help`" if context else "the command's --help"
         text = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
         stop = "" if text.endswith("?") else ";"
-        return f"{text[:1].lower()}{text[1:]}{stop} see `{where} --help`", USER_ERROR
+        return f"{text[:1].lower()}{text[1:]}{stop} see {where}", USER_ERROR
     exhausted = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
     if isinstance(error, MemoryError) or exhausted:
         return "out of memory: lower --batch-size, or use a smaller model", USER_ERROR
