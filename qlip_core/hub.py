@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,4 +97,4 @@ def model_name(path: Path) -> str:
     """What `find_model` takes for a model, as far as its folder tells: "bundled", its id, or the folder's name."""
     if path.is_relative_to(BUNDLED):
         return "bundled"
-    return hub_id(path) or path.name
+    return hub_id(path) or Path(os.path.abspath(path)).name  # of "." too

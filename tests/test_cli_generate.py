@@ -90,7 +90,7 @@ def test_one_picture_with_its_history(cli: Qlip, model: qlip.Model) -> None:
         },
         "model": "tiny",
         "fingerprint": model.fingerprint,
-        "generator": "generator",
+        "generator": "tiny",
         "generator_fingerprint": model.generator and model.generator.fingerprint,
         "backend": "numpy",
         "device": "cpu",
@@ -146,6 +146,7 @@ def test_the_bundled_model_is_called_what_is_asked_for() -> None:
     assert (model_name(bundled), model_name(bundled / "generator")) == ("bundled", "bundled")
     assert model_name(Path("x/models--a--b/snapshots/c/generator")) == "a/b"
     assert model_name(Path("runs/generator")) == "generator"
+    assert model_name(Path()) == Path.cwd().name
 
 
 def test_a_sheet(cli: Qlip, model: qlip.Model) -> None:

@@ -552,7 +552,9 @@ def test_eval_generate_of_a_file(
     assert main(["info", "results/drawn.png", "--json"]) == 0
     record = json.loads(capsys.readouterr().out)
     assert record["prompts"] == [line.split("\t")[0] for line in lines for _ in range(2)]
-    assert record["generator"] == "generator"  # as in a picture that `qlip generate` drew
+    assert (
+        record["generator"] == record["model"] == Path(command[2]).name
+    )  # as in a picture that `qlip generate` drew
     assert record["generator_fingerprint"] == expected.protocol.drawn_by["generator"]
 
     for option, path in zip(outputs[::2], ("results/generation.json", "results/drawn.png")):

@@ -278,16 +278,19 @@ def cuts_told() -> Iterator[None]:
 def facts_of(network: Model, seed: int, sampling: Sampling) -> dict[str, Any]:
     """What a picture follows from, besides its prompt and its number."""
     import qlip_core
+    from qlip_core.generator.checkpoint import FOLDER
     from qlip_core.generator.load import require_generator
     from qlip_core.hub import model_name
 
     generator = require_generator(network.checkpoint, network.generator)
+    folder = generator.folder.absolute()  # in a model's, it is called by the model
+    of_model = folder.parent if folder.name == FOLDER else folder
     return {
         "seed": seed,
         "settings": sampling.to_dict(),
         "model": model_name(network.checkpoint.folder),
         "fingerprint": network.fingerprint,
-        "generator": model_name(generator.folder),
+        "generator": model_name(of_model),
         "generator_fingerprint": generator.fingerprint,
         "backend": network.backend,
         "device": network.device,
