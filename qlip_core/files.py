@@ -22,7 +22,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     if path.exists() and not path.is_file():
-        raise OSError(errno.EEXIST, "is no regular file", str(path))
+        raise OSError(errno.EEXIST, "is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -24,11 +24,11 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
     if model is None or (str(model) == "bundled" and not Path(model).exists()):
         if not BUNDLED.is_dir():
             raise CheckpointError(
-                "no model named, and none ships with this build of qlip: name a folder or a hub id, "
+                "no model named, and this build of qlip has none of its own: name a folder or a hub id, "
                 "such as nvidia/QLIP-B-16-256"
             )
         if revision is not None:
-            raise CheckpointError("a revision goes with a hub id, this is the bundled model")
+            raise CheckpointError("a revision is only for hub ids, and this is the bundled model")
         return BUNDLED
     if model == "":  # which Path takes for this folder
         raise CheckpointError("the name of the model is empty: leave it out for the bundled one")
@@ -41,7 +41,9 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
         if not (path.is_dir() or path.is_file()):
             raise CheckpointError(f"{path}: a device or a pipe; copy it to a file first")
         if revision is not None:
-            raise CheckpointError(f"{path}: a revision goes with a hub id, this is a local path")
+            raise CheckpointError(
+                f"{path}: a revision is only for hub ids, and this is a local path"
+            )
         return path
     name = str(model)
     if _HUB_ID.fullmatch(name) and path.suffix != ".safetensors":

@@ -86,8 +86,17 @@ def _decode(file: io.IOBase, name: str) -> Image.Image:
     try:
         return _decoded(opened, name)
     except UnidentifiedImageError:
-        empty = file.seek(0, io.SEEK_END) == 0
-        raise ImageError(f"{name}: {'empty file' if empty else 'not an image'}") from None
+        raise ImageError(f"{name}: {_not_an_image(file)}") from None
+
+
+def _not_an_image(file: io.IOBase) -> str:
+    file.seek(0)
+    start = file.read(12)
+    if not start:
+        return "empty file"
+    if start[4:8] == b"ftyp":
+        return "HEIC or a video, which Pillow does not read; convert it to JPEG or PNG first"
+    return "not an image"
 
 
 def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
@@ -100,8 +109,8 @@ def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
         raise ImageError(f"{name}: {warning}") from None
     except Image.DecompressionBombError:
         raise ImageError(
-            f"{name}: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels: a decompression bomb, or shrink "
-            "it first"
+            f"{name}: over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels, too many to decode safely: "
+            "shrink it first"
         ) from None
     except MemoryError:
         raise ImageError(f"{name}: not enough memory to decode it") from None

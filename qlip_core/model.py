@@ -259,7 +259,7 @@ class Model:
             scale = np.exp(stored)
         if not np.isfinite(scale):
             raise CheckpointError(
-                f"{self.checkpoint.folder}: logit_scale is {stored}, whose exponential is no float32"
+                f"{self.checkpoint.folder}: logit_scale is {stored}, whose exponential is not a finite float32"
             )
         return scale
 
@@ -478,7 +478,7 @@ class Model:
         if tokens.model and tokens.model != self.fingerprint and not any_model:
             raise TokenFileError(
                 f"these tokens were made by another tokenizer ({tokens.model}, this one is "
-                f"{self.fingerprint}): load that model, or ask to decode with any (--any-model)"
+                f"{self.fingerprint}): load that model, or decode them all the same with any_model=True (--any-model)"
             )
         for start in range(0, len(tokens), batch_size):
             codes = bsq.bits_to_codes(tokens[start : start + batch_size].bits)

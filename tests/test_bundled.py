@@ -125,7 +125,7 @@ def test_it_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     assert find_model("bundled") == find_model(None) == BUNDLED
     for name in (None, "bundled"):
-        with pytest.raises(CheckpointError, match="a revision goes with a hub id"):
+        with pytest.raises(CheckpointError, match="a revision is only for hub ids"):
             find_model(name, "main")
     (tmp_path / "bundled").mkdir()
     assert find_model("bundled") == Path("bundled")

@@ -195,7 +195,7 @@ def test_what_is_not_there(tmp_path: Path, copy: Path) -> None:
         CheckpointError, match=r"no model.safetensors in it; pytorch_model.bin is a"
     ):
         qlip.open_checkpoint(copy)
-    with pytest.raises(CheckpointError, match="a revision goes with a hub id"):
+    with pytest.raises(CheckpointError, match="a revision is only for hub ids"):
         qlip.open_checkpoint(copy, revision="main")
 
 

@@ -68,8 +68,9 @@ def test_bad_images_each_with_its_own_line(cli: Qlip) -> None:
     bad = {
         "text.png": (b"I am text", "text.png: not an image"),
         "cut.png": (data[: len(data) // 2], "cut.png: truncated or damaged image"),
-        "bomb.png": (bomb(), "bomb.png: over 178,956,970 pixels: a decompression bomb"),
+        "bomb.png": (bomb(), "bomb.png: over 178,956,970 pixels, too many to decode safely"),
         "empty.png": (b"", "empty.png: empty file"),
+        "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "phone.heic: HEIC or a video"),
     }
     for name, (content, message) in bad.items():
         Path(name).write_bytes(content)
@@ -233,10 +234,11 @@ def test_existing_outputs_stay(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> No
         before = Path(output).read_bytes()
         with monkeypatch.context() as patch:  # found before any work
             patch.setattr("qlip_core.load", None)
-            assert f"{output}: exists already" in cli(*command).error
+            assert f"{output}: already exists" in cli(*command).error
         assert Path(output).read_bytes() == before
         assert cli(*command, "--force").code == 0
         assert Path(output).read_bytes() != b"mine"
+    assert "not written to standard output" in cli("encode", "good.png", "-o", "-").error
     assert "is one of the inputs" in cli("encode", "good.png", "-o", "good.png", "-f").error
     assert not list(Path().glob(".*"))
 
@@ -281,16 +283,16 @@ def test_outputs_that_are_no_files_stay_and_links_are_followed(cli: Qlip) -> Non
     os.mkdir("out")
     os.mkfifo("out/good.png")
     error = cli("decode", "good.qlip", "-o", "out", "--force").error
-    assert error.startswith(f"{Path('out/good.png')}: is there and no file")
+    assert error.startswith(f"{Path('out/good.png')}: exists and is not a file")
     assert cli("decode", os.devnull).error.startswith(f"{os.devnull}: not a regular file")
     assert cli("info", "pipe", plain=True).error.startswith("pipe: a device or a pipe")
-    with pytest.raises(OSError, match="is no regular file"):
+    with pytest.raises(OSError, match="is not a regular file"):
         qlip.VisualTokens.load("good.qlip").save("pipe")
     assert Path("pipe").is_fifo() and Path("out/good.png").is_fifo()
 
     Path("real.qlip").write_text("old")
     Path("link.qlip").symlink_to("real.qlip")
-    assert "exists already" in cli("encode", "good.png", "-o", "link.qlip").error
+    assert "already exists" in cli("encode", "good.png", "-o", "link.qlip").error
     assert cli("encode", "good.png", "-o", "link.qlip", "--force").code == 0
     assert Path("link.qlip").is_symlink()
     assert Path("real.qlip").read_bytes() == Path("good.qlip").read_bytes()

@@ -170,7 +170,7 @@ def test_a_sheet_and_tokens_beside_and_in_a_folder(cli: Qlip) -> None:
     assert Path("v1.2.qlip").is_file()
     jpeg = cli("generate", "a cat", "-o", "x.jpg")
     assert jpeg.code == 0 and "only a PNG keeps the prompt" in jpeg.err
-    assert "x.jpg: no PNG" in cli("info", "x.jpg", plain=True).err
+    assert "x.jpg: not a PNG" in cli("info", "x.jpg", plain=True).err
 
 
 def test_a_damaged_generator_stops_drawing_alone(
@@ -268,7 +268,7 @@ def test_names_follow_prompts() -> None:
         (["a", "--generator", "absent"], "absent: no such folder"),
         (["a", "-o", "a.gif"], "a.gif: pictures are written as one of"),
         (["a", "-o", "/dev/null"], "/dev/null: is a device or a pipe"),
-        (["a", "-o", "there.png"], "there.png: exists already"),
+        (["a", "-o", "there.png"], "there.png: already exists"),
         (["a", "b", "-o", "two.png"], "two.png: is the name of one picture, and these are 2"),
         (["a", "-n", "4294967295"], "one command draws at most 1,000,000"),
         (["a", "--temperature", "1e-40"], "temperature (=1e-40) must be 0 (the likeliest) or"),
@@ -313,5 +313,5 @@ def test_an_interrupted_run_leaves_nothing(cli: Qlip, monkeypatch: pytest.Monkey
 def test_pictures_of_other_origin(cli: Qlip) -> None:
     Image.new("RGB", (4, 4)).save("plain.png")
     run = cli("info", "plain.png", plain=True)
-    assert run.code == 2 and "says nothing of how it was made" in run.err
+    assert run.code == 2 and "no record of how it was drawn" in run.err
     assert cli("info", "--json").json["generator"]["tokens_per_image"] == 256

@@ -58,7 +58,7 @@ def test_a_shard_holds_its_samples(tmp_path: Path):
 
 def test_a_set_is_not_overwritten_unasked(tmp_path: Path):
     write_shards(tmp_path, 3, size=32, shard_size=1)
-    with pytest.raises(DataError, match=r"holds dataset\.json already"):
+    with pytest.raises(DataError, match=r"already holds dataset\.json"):
         write_shards(tmp_path, 1, size=32)
     write_shards(tmp_path, 1, size=32, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "dataset.json"]

@@ -644,7 +644,7 @@ def test_eval_recon_command(
     with Image.open(out / "reconstruction.png") as grid:
         assert grid.size == (3 * 268, 3 * 164)
     assert main(command) == 2  # what exists stays
-    assert "exists already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert main([*command, "--force", "--limit", "2"]) == 0
     assert "PSNR" in capsys.readouterr().out
     (tmp_path / "old.json").write_text(json.dumps({k: result[k] for k in result if k != "name"}))
@@ -654,8 +654,8 @@ def test_eval_recon_command(
     assert main(["eval", "compare", *files]) == 2
     assert "count: 3 / 2" in capsys.readouterr().err
     for text, expected in (
-        ("", "is no JSON file"),
-        ("[" * 100_000, "is no JSON file"),
+        ("", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
         ("[]", "not a result of `qlip eval`"),
         ('{"protocol": {"x": 1}}', "not a result of `qlip eval`"),
         (None, "cannot be read (no such file or directory)"),
@@ -723,7 +723,7 @@ def test_data_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert main([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["split"] == "unseen"
     assert main(command) == 2
-    assert "holds dataset.json already" in capsys.readouterr().err
+    assert "already holds dataset.json" in capsys.readouterr().err
     assert main(["data", "emoji", str(out), "--split", "all"]) == 2
     assert "must be one of train, held-out" in capsys.readouterr().err
     assert main(["data", "check", str(out), "--json"]) == 0

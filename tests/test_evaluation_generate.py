@@ -559,7 +559,7 @@ def test_eval_generate_of_a_file(
 
     for option, path in zip(outputs[::2], ("results/generation.json", "results/drawn.png")):
         assert main([*command, *given, option, outputs[outputs.index(option) + 1]]) == 2
-        assert f"{path}: exists already" in capsys.readouterr().err
+        assert f"{path}: already exists" in capsys.readouterr().err
     assert main([*command, *given, *outputs, "--force"]) == 0
     text = capsys.readouterr().out
     assert "text to image: prompts.txt" in text and "results/drawn.png\n" in text
@@ -631,7 +631,7 @@ def test_eval_generate_by_another_judge(
         (["--inception", "absent"], "Inception weights: absent: no such folder or file"),
         (["--seed", "-1"], "seed (=-1) must be 0 to 2^64 - 1"),
         (["--top-k", "129"], "top_k (=129) must be 0 (all) to 128"),
-        (["--grid", "there.png"], "there.png: exists already"),
+        (["--grid", "there.png"], "there.png: already exists"),
         (["--grid", "a.gif"], "a.gif: pictures are written as one of"),
         (["--out", "there.png"], "there.png: exists and is not a folder"),
         (["absent"], "absent"),

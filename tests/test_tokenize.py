@@ -226,7 +226,7 @@ def test_folders_and_parquet_become_shards_too(
         shards = TokenShards(tmp_path / out)
         assert shards.captions(slice(None)) == columns["text"]
         assert shards.tokens(slice(None)) == model.encode(images)
-    with pytest.raises(TokenFileError, match=r"00002\.safetensors: is no token shard of this set"):
+    with pytest.raises(TokenFileError, match=r"00002\.safetensors: not a token shard of this set"):
         run(model, str(folder), tmp_path / "f", shard_size=5)
     # A picture more shifts all that follow.
     (folder / "00.png").write_bytes(images[0])
@@ -388,10 +388,10 @@ def test_shards_of_another_set_are_refused(tars: str, tmp_path: Path, model: qli
     with pytest.raises(TokenFileError, match="not what is to be tokenized now"):
         run(model, str(tmp_path / "000.tar"), out)
     (out / "other.safetensors").write_bytes(b"")
-    with pytest.raises(TokenFileError, match=r"other\.safetensors: is no token shard of this set"):
+    with pytest.raises(TokenFileError, match=r"other\.safetensors: not a token shard of this set"):
         run(model, str(tmp_path / "000.tar"), out)
     (out / "other.safetensors").write_bytes((out / "000.safetensors").read_bytes())
-    with pytest.raises(TokenFileError, match="is shard 0 of its set, and so is 000"):
+    with pytest.raises(TokenFileError, match="is shard 0 of its set, as is 000"):
         TokenShards(out)
 
 
@@ -573,7 +573,7 @@ def test_what_a_user_did_wrong(cli: Qlip, tars: str) -> None:
     Path("cut").mkdir()
     Path("cut/000.safetensors").write_bytes(b"x")
     for arguments, message in (
-        (["wordless.tar", "-o", "out"], "none of the 1 samples could be used (no caption: 1)"),
+        (["wordless.tar", "-o", "out"], "(no caption: 1): --no-captions --force takes"),
         (["absent.tar", "-o", "out"], "absent.tar: no such file or folder"),
         ([tars, "-o", "file"], "file: exists and is not a folder"),
         (["file.PNG", "-o", "out"], "file.PNG: is an image: name the folder of the images"),

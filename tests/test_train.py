@@ -479,7 +479,7 @@ def test_a_plan_counts_what_is_trained(place: Path) -> None:
 
 
 def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None:
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(RecipeError, match="already holds a run"):
         run(place, whole_run)
     with pytest.raises(RecipeError, match=r"stage1\.batch was 8, now 4"):
         run(place, whole_run, resume=True, stage1__batch=4, stage1__micro_batch=4)
@@ -491,7 +491,7 @@ def test_a_run_that_never_began_may_be_begun_anew(place: Path, tmp_path: Path) -
         run(place, out, data__sources=[{"location": "absent"}])
     assert (out / "recipe.toml").is_file()
     run(place, out, stage1__steps=1)
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(RecipeError, match="already holds a run"):
         run(place, out, stage1__steps=1)
 
 
@@ -858,7 +858,7 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
     [
         ("stage1.stepz=3", r'unknown key "stage1\.stepz".*did you mean "stage1\.steps"'),
         ("model.pach_size=8", r'unknown key "model\.pach_size".*did you mean "model\.patch_size"'),
-        ("stage1.steps=many", r"stage1\.steps must be a int, got 'many'"),
+        ("stage1.steps=many", r"stage1\.steps must be an integer, got 'many'"),
         ("stage1.learning_rate={ rest=0, encoder=0, text=0, decoder=0 }", "every rate is 0"),
         ("stage1={ align=0, mse=0, bsq=0, commitment=0 }", "nothing is minimised"),
         ("stage1={ align=0, learning_rate={ rest=0, encoder=0, decoder=0 } }", "no loss asks for"),

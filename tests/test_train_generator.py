@@ -421,11 +421,11 @@ def test_two_ranks_train_as_one(parallel: str, place: Path, tmp_path: Path) -> N
 def test_a_run_is_not_begun_twice_or_with_another_recipe(place: Path, tmp_path: Path) -> None:
     recipe = recipe_of(place)
     run(recipe, tmp_path, steps=1)
-    with pytest.raises(RecipeError, match="holds a run already"):
+    with pytest.raises(RecipeError, match="already holds a run"):
         run(recipe, tmp_path, steps=1)
     with pytest.raises(RecipeError, match=r"model\.width was 32, now 64"):
         run(recipe.changed(["model.width=64"]), tmp_path, steps=1, resume=True)
-    with pytest.raises(RecipeError, match="no run there"):
+    with pytest.raises(RecipeError, match="no run to resume"):
         train_generator(None, out=tmp_path / "none", resume=True)
 
 

@@ -52,14 +52,14 @@ def info(
         typer.Option(
             metavar="TYPE",
             show_default=False,
-            help="And in this type; with int8 or int4, what stays unquantized.",
+            help="And in which type; for int8 and int4, what stays unquantized.",
         ),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Describe a model, a generator, a token file, a folder of token shards, or how a picture was drawn.
+    """Describe a model, a token file or how a picture was drawn.
 
-    Without any, the model that ships with qlip. No weights are loaded unless --backend or
+    Also a generator, or a folder of token shards. Without an argument, the model that comes with qlip. No weights are loaded unless --backend or
     --dtype ask how the model runs.
     """
     from qlip_core.errors import QlipError
@@ -72,7 +72,7 @@ def info(
     from qlip_cli.outputs import PICTURES
 
     if target is not None and Path(target).is_file() and Path(target).suffix.lower() in PICTURES:
-        raise QlipError(f"{target}: no PNG, and only PNGs say how they were drawn")
+        raise QlipError(f"{target}: not a PNG, and only PNGs record how they were drawn")
     options.quiet_hub()
     from qlip_core import open_checkpoint
 

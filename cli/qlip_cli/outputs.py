@@ -60,7 +60,7 @@ def check_free(
         raise QlipError(f"{path}: is one of the inputs; name another output with {option}")
     if not force:
         raise QlipError(
-            f"{path}: exists already; name another with {option}, or overwrite: --force"
+            f"{path}: already exists; name another with {option}, or overwrite: --force"
         )
 
 
@@ -78,9 +78,12 @@ def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> 
 
 
 def check_regular(path: Path, option: str = "-o") -> None:
-    """Raises QlipError for what exists and is neither file nor folder: a rename would replace a device."""
+    """Raises QlipError for what exists and is neither file nor folder, since a rename would replace a device,
+    and for "-", since results are files and not a stream."""
     from qlip_core.errors import QlipError
 
+    if str(path) == "-":
+        raise QlipError(f"-: results are not written to standard output; name a file with {option}")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise QlipError(f"{path}: is a device or a pipe; name a file with {option}")
 
@@ -233,10 +236,12 @@ class PictureFolder:
                     f"{target}: leads out of {folder} by a link; choose another with -o"
                 )
             if target.exists() and not target.is_file():
-                raise QlipError(f"{target}: is there and no file; choose another folder with -o")
+                raise QlipError(
+                    f"{target}: exists and is not a file; choose another folder with -o"
+                )
             if target.exists() and not force:
                 raise QlipError(
-                    f"{target}: exists already; name another folder with -o, or overwrite: --force"
+                    f"{target}: already exists; name another folder with -o, or overwrite: --force"
                 )
         hidden = f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
         # Inside where it can be: an existing folder may be a disk of its own.

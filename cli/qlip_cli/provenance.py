@@ -41,13 +41,15 @@ def read_record(path: Path) -> dict[str, Any]:
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         raise ImageError(f"{path}: damaged picture ({error})") from None
     if text is None:
-        raise ImageError(f"{path}: says nothing of how it was made: not drawn by `qlip generate`")
+        raise ImageError(
+            f"{path}: no record of how it was drawn: not a picture from `qlip generate`"
+        )
     try:
         record = json.loads(text, parse_constant=_refuse)
         if not isinstance(record, dict):
             raise ValueError
     except (ValueError, RecursionError):
-        raise ImageError(f"{path}: what it says of how it was made is damaged") from None
+        raise ImageError(f"{path}: its record of how it was drawn is damaged") from None
     return record
 
 

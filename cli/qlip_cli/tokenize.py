@@ -35,7 +35,9 @@ def tokenize(
     ],
     no_captions: Annotated[
         bool,
-        typer.Option("--no-captions", help="Take pictures without a caption too: theirs is empty."),
+        typer.Option(
+            "--no-captions", help="Also take pictures without a caption, with an empty one."
+        ),
     ] = False,
     augmentation: Annotated[
         str,
@@ -46,7 +48,7 @@ def tokenize(
         typer.Option(
             metavar="N",
             show_default=False,
-            help="Which of --world-size processes this is, from 0 (default: as torchrun says).",
+            help="Number of this process among --world-size, from 0 (default: torchrun's).",
         ),
     ] = None,
     world_size: Annotated[
@@ -54,11 +56,11 @@ def tokenize(
         typer.Option(
             metavar="N",
             show_default=False,
-            help="Processes that share the work, on any number of machines.",
+            help="Number of processes that share the work, on any machines.",
         ),
     ] = None,
     shard_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Images a shard, of a folder.")
+        int, typer.Option(metavar="N", min=1, help="Images per shard when SHARDS is a folder.")
     ] = 10_000,
     workers: Annotated[
         int | None,
@@ -82,7 +84,7 @@ def tokenize(
 
     Shards that are there already are left as they are: after an interruption, run the same command again.
     Samples that cannot be used are left out, listed and counted, and the exit status is 1 (under torchrun
-    0, which would else stop the other processes).
+    0, since any other would make it stop the other processes).
     """
     own_rank, processes = place(rank, world_size, os.environ)
     check_folder(output)
@@ -156,6 +158,7 @@ def own_device(backend: str, device: str) -> str:
 
 def check_some_good(report: Report) -> None:
     """Raises DataError where there was nothing that could be used."""
+    from qlip_core.data.samples import NO_CAPTION
     from qlip_core.errors import DataError
 
     if report.images:
@@ -165,9 +168,12 @@ def check_some_good(report: Report) -> None:
     if report.skipped.total:
         for line in report.skipped.named[:_SHOWN]:
             note(f"  {line}")
+        advice = "`qlip data check` shows what is in the set"
+        if NO_CAPTION in report.skipped.counts:
+            # A shard that is there is left as it was made, so the option alone would change nothing.
+            advice = "--no-captions --force takes pictures without a caption"
         raise DataError(
-            f"none of the {report.skipped.total} samples could be used ({reasons(report)}): "
-            "`qlip data check` shows what is in the set"
+            f"none of the {report.skipped.total} samples could be used ({reasons(report)}): {advice}"
         )
 
 

@@ -31,7 +31,7 @@ def train(
         typer.Option(
             metavar="1|2|all",
             show_default=False,
-            help="Which stage (default: all; with --resume, what the run was begun with).",
+            help="Which stage (default: all; with --resume, as the run was started).",
         ),
     ] = None,
     data: Annotated[
@@ -48,7 +48,7 @@ def train(
         typer.Option("--out", "-o", metavar="DIR", help="Run folder (default: runs/RECIPE)."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in DIR.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR.")
     ] = False,
     steps: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Steps of each stage.")
@@ -61,7 +61,7 @@ def train(
         bool, typer.Option("--dry-run", help="Print the plan and build everything; train nothing.")
     ] = False,
     backend: Annotated[
-        str, typer.Option("--backend", "-b", metavar="NAME", help="What trains: torch.")
+        str, typer.Option("--backend", "-b", metavar="NAME", help="Only torch trains.")
     ] = "torch",
     dtype: Annotated[
         str, typer.Option(metavar="TYPE", help="Of an export: float32, bfloat16 or float16.")
@@ -69,9 +69,10 @@ def train(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Train a tokenizer, or a generator for one, by a recipe: the shipped ones by name, any by path.
+    """Train a tokenizer, or a generator for one.
 
-    `qlip train` alone trains the small emoji model, both stages, in about ten minutes on two cores.
+    RECIPE is the name of a bundled recipe or the path of any. `qlip train` alone trains the small emoji model,
+    both stages, in about ten minutes on two cores.
     `qlip train generator` trains text to image over a tokenizer (--set tokenizer=DIR), from captioned
     images or from token shards (--data, made by `qlip tokenize`); `qlip generate --generator` draws with it.
     `qlip train balance RECIPE` finds the weights of the two objectives; `qlip train export RUN -o DIR`
@@ -139,7 +140,7 @@ def _export(
         raise typer.BadParameter("export needs the run folder to export")
     folder = out or Path(f"{Path(words[0]).name}-model")
     if folder.exists() and not force:
-        raise RecipeError(f"{folder}: exists already; name another with -o, or overwrite: --force")
+        raise RecipeError(f"{folder}: already exists; name another with -o, or overwrite: --force")
     written = trainer.export(Path(words[0]), folder, dtype=dtype)
     if json:
         print_json({"output": str(written)})

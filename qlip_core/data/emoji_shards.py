@@ -44,7 +44,7 @@ def write_shards(
     out = Path(out)
     old = _set_files(out)
     if old and not force:
-        raise DataError(f"{out}: holds {old[0].name} already; choose another folder, or use force")
+        raise DataError(f"{out}: already holds {old[0].name}; choose another folder, or use force")
     emoji = EmojiSet(size, seed, split, plain=plain, font=font)
     out.mkdir(parents=True, exist_ok=True)
     for file in old:

@@ -97,7 +97,7 @@ def _choices(inside: str, text: str) -> list[str]:
     numbers = _RANGE.match(inside)
     if not numbers:
         if ".." in inside:
-            raise DataError(f"{text}: {{{inside}}} is no range of numbers such as {{000..099}}")
+            raise DataError(f"{text}: {{{inside}}} is not a range of numbers such as {{000..099}}")
         return inside.split(",")
     first, last = numbers.groups()
     if abs(int(last) - int(first)) >= MAX_FILES:

@@ -105,7 +105,7 @@ class TokenShards:
         for i in range(1, len(numbers)):
             if numbers[i] == numbers[i - 1]:
                 raise TokenFileError(
-                    f"{self.paths[i]}: is shard {numbers[i]} of its set, and so is "
+                    f"{self.paths[i]}: is shard {numbers[i]} of its set, as is "
                     f"{self.paths[i - 1].name}: keep each set in a folder of its own"
                 )
         if len(numbers) < self.headers[0].origin.of and not partial:
@@ -253,7 +253,7 @@ class TokenShards:
             return np.empty(0, np.int64)
         if indices.ndim != 1 or indices.dtype.kind not in "iu":
             raise TypeError(
-                f"images are named by integers, got {indices.dtype} {list(indices.shape)}"
+                f"images are picked by integers, got {indices.dtype} {list(indices.shape)}"
             )
         outside = indices[(indices < -count) | (indices >= count)]
         if len(outside):

@@ -143,7 +143,7 @@ def _check_strangers(out: Path, units: list[Unit]) -> None:
     for path in sorted(visible_shards(out)) if out.is_dir() else []:
         if path.name not in names:
             raise TokenFileError(
-                f"{path}: is no token shard of this set: name another folder with -o, or move it away"
+                f"{path}: not a token shard of this set: name another folder with -o, or move it away"
             )
 
 

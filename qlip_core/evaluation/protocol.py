@@ -222,7 +222,7 @@ class Result:
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
         except (ValueError, RecursionError):
-            raise DataError(f"{path}: is no JSON file") from None
+            raise DataError(f"{path}: not a JSON file") from None
         try:
             return cls.from_dict(values)
         except DataError as error:
@@ -248,7 +248,7 @@ def compare(a: Result, b: Result) -> list[tuple[str, float | None, float | None]
     """
     if found := a.protocol.differences(b.protocol):
         raise QlipError(
-            f"these results were measured differently and do not compare: {'; '.join(found)}"
+            f"these results were measured differently and cannot be compared: {'; '.join(found)}"
         )
     names = [*a.scores, *(n for n in b.scores if n not in a.scores)]
     return [(n, a.scores.get(n), b.scores.get(n)) for n in names]

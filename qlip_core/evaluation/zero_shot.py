@@ -39,7 +39,9 @@ def evaluate_zero_shot(
     """
     classes = labels_of(examples) if classes is None else list(classes)
     if len(classes) < 2 or len(set(classes)) < len(classes):
-        raise DataError(f"{examples.name}: {len(classes)} classes; need 2 or more, all different")
+        raise DataError(
+            f"{examples.name}: classes are {sorted(classes)[:10]}; zero-shot needs 2 or more, all different"
+        )
     number = {name: i for i, name in enumerate(classes)}
     words = [(told or {}).get(name, name) for name in classes]
     texts = model.embed_labels(words, templates)  # [C, P]

@@ -42,7 +42,7 @@ def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -
             kind = export_generator if read_state(path)["stage"] == GENERATOR else export_stage
             return kind(folder, Path(out), dtype=dtype)
     raise CheckpointError(
-        f"{run}: no checkpoint in it to export: not a run folder, or none is done"
+        f"{run}: no checkpoint to export: not a run folder, or none has been written yet"
     )
 
 

@@ -96,4 +96,4 @@ def find_recipe(name: str | Path, kind: str = TOKENIZER) -> Path:
     names = recipe_names(kind)
     near = difflib.get_close_matches(str(name), names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
-    raise RecipeError(f"no recipe {str(name)!r}: a path, or one of {', '.join(names)}{hint}")
+    raise RecipeError(f"no recipe {str(name)!r}: give a path, or one of {', '.join(names)}{hint}")

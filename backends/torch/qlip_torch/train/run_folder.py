@@ -50,7 +50,9 @@ def kept_recipe(kind: type[R], out: Path) -> R:
     """The recipe of the run in `out`. Raises RecipeError where there is none, or one of another kind."""
     kept = out / RECIPE
     if not kept.is_file():
-        raise RecipeError(f"{out}: no run there to go on with (no {RECIPE}); name a recipe")
+        raise RecipeError(
+            f"{out}: no run to resume in this folder (no {RECIPE}); name a recipe to start one"
+        )
     return kind.from_file(kept, f"--resume --out {out}")
 
 
@@ -78,7 +80,9 @@ def check_same_run(out: Path, old: RecipeFile, new: RecipeFile, resume: bool) ->
     """Raises RecipeError where `out`, begun with `old`, cannot go on with `new`. Until stage 2 has begun, all of
     `stage2` may change."""
     if not resume:
-        raise RecipeError(f"{out}: holds a run already; go on with --resume, or choose another")
+        raise RecipeError(
+            f"{out}: already holds a run; continue it with --resume, or choose another folder"
+        )
     before, now = old.to_dict(), new.to_dict()
     if not begun(out / "stage2"):
         before, now = before | {"stage2": {}}, now | {"stage2": {}}

@@ -124,14 +124,14 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             raise RecipeError(f"{name} must be a table, got {value!r}")
         return build(typing.cast(type, kind), value, f"{name}.")
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    good = {
-        int: number and float(value).is_integer(),
-        float: number and math.isfinite(value),
-        bool: isinstance(value, bool),
-        str: isinstance(value, str),
+    good, what = {
+        int: (number and float(value).is_integer(), "an integer"),
+        float: (number and math.isfinite(value), "a finite number"),
+        bool: (isinstance(value, bool), "true or false"),
+        str: (isinstance(value, str), "a string"),
     }[kind]
     if not good:
-        raise RecipeError(f"{name} must be a {kind.__name__}, got {value!r}")
+        raise RecipeError(f"{name} must be {what}, got {value!r}")
     return kind(value)
 
 
