@@ -35,7 +35,7 @@ def classify(
             "--template",
             "-t",
             metavar="TEXT",
-            help="What is said of a label, as in 'a photo of {}'; several are averaged.",
+            help="Text for a label, as in 'a photo of {}'; several are averaged.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(metavar="N", min=1, help="Labels to show.")] = 10,
@@ -47,7 +47,7 @@ def classify(
     batch_size: BatchSize = 16,
     json: Json = False,
 ) -> None:
-    """Say which of some labels fits an image.
+    """Say which of several labels fits an image best.
 
     IMAGE is an image file, a folder, a glob or - (standard input). The probabilities of an image sum to 1
     over the labels.

@@ -98,9 +98,9 @@ def check(
     ],
     json: Json = False,
 ) -> None:
-    """Read a set through as training would: counts, sizes, caption lengths, what is broken.
+    """Read a set as training would, and say what is in it.
 
-    The exit status is 1 if anything is broken, or there is no sample.
+    Reports counts, sizes, caption lengths and what is broken. The exit status is 1 if anything is broken, or there is no sample.
     """
     from qlip_core.data.check import check as check_set
 

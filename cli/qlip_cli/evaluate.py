@@ -30,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Measure a model. Every result says how it was measured, and compares with its like only.",
+    help="Measure a model. Every result says how it was measured, and is only compared with results measured alike.",
     epilog="Example: qlip eval recon bundled emoji",
 )
 
@@ -48,7 +48,7 @@ Limit = Annotated[
 ]
 Classes = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Names of classes: lines of label<TAB>name."),
+    typer.Option(metavar="FILE", help="Names of the classes: lines of label<TAB>name."),
 ]
 
 
@@ -71,7 +71,10 @@ def recon(
         ),
     ] = None,
     shown: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Best, median and worst shown, of each.")
+        int,
+        typer.Option(
+            metavar="N", min=0, help="How many of the best, the median and the worst to show."
+        ),
     ] = 4,
     limit: Limit = None,
     out: Out = None,
@@ -83,7 +86,7 @@ def recon(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """PSNR, SSIM, bit usage, and with their weights LPIPS and rFID.
+    """PSNR, SSIM, bit usage; with --lpips LPIPS, with --inception rFID.
 
     With --out, also a picture of the best, the median and the worst reconstructions.
     """
@@ -119,7 +122,7 @@ def zero_shot(
     templates: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="What is said of a class, one a line, {} for its name; averaged."
+            metavar="FILE", help="Texts for a class, one a line, {} for its name; averaged."
         ),
     ] = None,
     classes: Classes = None,
@@ -133,11 +136,11 @@ def zero_shot(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Classification by the names of classes: top-1 and top-5.
+    """Classification by class names: top-1 and top-5.
 
     An image's class is the folder it lies in, else "label" in its metadata, else its caption. With
-    "emoji" there are three results: names that training saw, in new renderings, which is not zero-shot,
-    and names that it never saw, which is, by the names and by descriptions of the things.
+    "emoji" there are three results: names that training saw, on new renderings (not zero-shot), names that
+    it never saw (zero-shot), and those things by descriptions instead of names.
     """
     names = ["zero-shot"]
     if data == EMOJI:
@@ -283,7 +286,10 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="B.json", show_default=False)],
     json: Json = False,
 ) -> None:
-    """Two results side by side, if they were measured in one way; else what differs."""
+    """Show two results side by side.
+
+    If they were measured differently, say what differs instead.
+    """
     from qlip_core.evaluation import Result
     from qlip_core.evaluation import compare as compared
     from qlip_core.evaluation.protocol import score_text

@@ -52,7 +52,7 @@ def evaluate_generate(
         typer.Option(
             metavar="FILE",
             show_default=False,
-            help="Prompts, one a line; prompt<TAB>name says what thing is to be found in it.",
+            help="Prompts, one a line; prompt<TAB>name also says what should be in the picture.",
         ),
     ] = None,
     names: Annotated[
@@ -76,7 +76,7 @@ def evaluate_generate(
         typer.Option(
             metavar="MODEL",
             show_default=False,
-            help="QLIP or CLIP that CLIPScore is by (default: the model itself, which flatters it).",
+            help="QLIP or CLIP that computes CLIPScore (default: the model itself, which flatters it).",
         ),
     ] = None,
     inception: Annotated[
@@ -110,7 +110,7 @@ def evaluate_generate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Text to image: CLIPScore, prompt accuracy and, with Inception's weights, gFID.
+    """Text to image: CLIPScore, prompt accuracy; with --inception gFID.
 
     CLIPScore is the mean cosine of picture and prompt, negative ones counting 0. Prompt accuracy is the
     share of pictures in which the model's own zero-shot classifier finds the thing that the prompt names.

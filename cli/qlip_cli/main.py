@@ -76,7 +76,7 @@ def root(
         ),
     ] = False,
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error came from. Goes after any command.")
+        bool, typer.Option("--debug", help="Show where an error came from. May follow any command.")
     ] = False,
 ) -> None:
     """QLIP: one visual tokenizer that reconstructs images and understands them."""

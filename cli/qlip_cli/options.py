@@ -26,7 +26,7 @@ ModelName = Annotated[
         "-m",
         metavar="MODEL",
         show_default=False,
-        help="Folder, .safetensors file or hub id (default: bundled, the model that ships with qlip).",
+        help="Folder, .safetensors file or hub id (default: bundled, the model that comes with qlip).",
     ),
 ]
 Revision = Annotated[
@@ -48,7 +48,7 @@ BackendName = Annotated[
 ]
 Device = Annotated[
     str,
-    typer.Option(metavar="NAME", help="As `qlip doctor` lists them."),
+    typer.Option(metavar="NAME", help="One that `qlip doctor` lists."),
 ]
 Dtype = Annotated[
     str,
@@ -75,14 +75,18 @@ Json = Annotated[
 Number = Annotated[
     int, typer.Option("-n", "--number", metavar="N", min=1, help="Pictures of each prompt.")
 ]
-Seed = Annotated[int, typer.Option(metavar="N", help="The same seed, the same picture.")]
+Seed = Annotated[int, typer.Option(metavar="N", help="The same seed draws the same picture.")]
 CfgScale = Annotated[
     float | None,
-    typer.Option(metavar="S", show_default=False, help="Guidance by the prompt; 1: none."),
+    typer.Option(
+        metavar="S", show_default=False, help="Strength of guidance by the prompt; 1: none."
+    ),
 ]
 Temperature = Annotated[
     float | None,
-    typer.Option(metavar="T", show_default=False, help="0: always the likeliest token."),
+    typer.Option(
+        metavar="T", show_default=False, help="Randomness; 0: always the likeliest token."
+    ),
 ]
 TopK = Annotated[
     int | None,
@@ -91,7 +95,9 @@ TopK = Annotated[
 TopP = Annotated[
     float | None,
     typer.Option(
-        metavar="P", show_default=False, help="Choose among the likeliest that sum to P; 1: all."
+        metavar="P",
+        show_default=False,
+        help="Choose among the likeliest whose chances sum to P; 1: all.",
     ),
 ]
 CfgSchedule = Annotated[
@@ -100,7 +106,7 @@ CfgSchedule = Annotated[
 CfgInterval = Annotated[
     tuple[float, float] | None,
     typer.Option(
-        metavar="A B", show_default=False, help="Guidance between these shares of the tokens."
+        metavar="A B", show_default=False, help="Guide only from share A to share B of the tokens."
     ),
 ]
 GeneratorFolder = Annotated[
@@ -108,7 +114,7 @@ GeneratorFolder = Annotated[
     typer.Option(
         metavar="FOLDER",
         show_default=False,
-        help="Generator, or a model that has one (default: the model's own).",
+        help="A generator, or a model that has one (default: the model's own).",
     ),
 ]
 

@@ -22,7 +22,7 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         show_default=False,
-        help='Folder, .safetensors file, hub id, or "bundled" (the model that ships with qlip).',
+        help='Folder, .safetensors file, hub id, or "bundled" (the model that comes with qlip).',
     ),
 ]
 Out = Annotated[
