@@ -17,7 +17,7 @@ from qlip_core.generator.network import GeneratorNetwork
 
 GROUP = "qlip.backends"
 
-# Module whose presence tells that a backend can run, and what to install where it is absent.
+# The module that a backend needs in order to run.
 # MLX is looked for by mlx.core: `mlx` alone is a namespace package that other packages create.
 REQUIREMENTS = {"torch": "torch", "mlx": "mlx.core"}
 
@@ -118,7 +118,7 @@ def is_installed(name: str) -> bool:
 
 
 def choose_backend() -> str:
-    """What "auto" means: mlx on Apple silicon, else torch, else mlx, else numpy (DESIGN section 3)."""
+    """What "auto" means: mlx on Apple silicon, else torch, else mlx, else numpy."""
     apple = platform.system() == "Darwin" and platform.machine() == "arm64"
     order = ("mlx", "torch") if apple else ("torch", "mlx")
     return next((name for name in order if is_installed(name)), "numpy")

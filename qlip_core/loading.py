@@ -20,7 +20,7 @@ from qlip_core.preprocessing import Preprocessing
 T = TypeVar("T")
 OnError = Callable[[int, ImageError], None]
 Progress = Callable[[int], None]
-"""Told, as work goes on, how many more are done."""
+"""Called during the work with the number of items done since the last call."""
 DEFAULT_BATCH = 16
 
 
@@ -40,7 +40,7 @@ def pixel_batches(
     """Yield (positions in `images`, pixels float32 [b, 3, S, S]) for all images that can be read.
 
     At most three batches of pixels are in memory. An image that cannot be read raises ImageError, or,
-    with `on_error`, is handed to it and left out.
+    with `on_error`, is passed to it and left out.
     """
     check_batch_size(batch_size)
     # Pillow reads a file when its pixels are first asked for, so an image given twice would be read by two
@@ -99,7 +99,7 @@ def slices(array: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError for what is no positive whole number."""
+    """Raises ValueError unless it is a positive whole number."""
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
         raise ValueError(f"batch_size (={batch_size!r}) must be a whole number")
     if batch_size < 1:

@@ -46,8 +46,8 @@ def load(
     """Load a model: a folder, a `.safetensors` file beside its config, a hub id, or (None) the bundled one.
 
     `backend` is auto, torch, mlx or numpy; `device` and `dtype` are the backend's (`qlip doctor`
-    lists them). `generator` is the folder of one made for this tokenizer (None: the folder
-    `generator/` in the model's, if there is one). Reads headers only: each part's weights are loaded when
+    lists them). `generator` is the folder of a generator made for this tokenizer (None: `generator/`
+    in the model's folder, if there is one). Only headers are read: each part's weights are loaded when
     first used. Raises BackendError, ConfigError or CheckpointError.
     """
     chosen = get_backend(backend)
@@ -55,17 +55,20 @@ def load(
     check_dtype(chosen, dtype)
     checkpoint = open_checkpoint(model, revision)
     network = chosen.network(checkpoint.config, checkpoint, device=where, dtype=dtype)
-    # One that is asked for is opened at once; the model's own when it is needed: should it be damaged or of
-    # another tokenizer, everything but drawing works without it.
+    # A generator that was asked for is opened at once, the model's own only when needed: if that is damaged or
+    # made for another tokenizer, everything but drawing still works.
     found = None if generator is None else find_generator(checkpoint, generator)
     return Model(checkpoint, network, chosen.name, found)
 
 
 class Model:
-    """A loaded QLIP. Arrays are numpy; images are paths, encoded bytes, PIL images or uint8 [H,W,3]
-    arrays, one or a sequence, or a float32 [B,3,S,S] array of pixels that are already preprocessed.
+    """A loaded QLIP. All arrays are numpy.
 
-    All methods cut their input to `batch_size`, so any number of images runs in bounded memory.
+    Images are given as paths, encoded bytes, PIL images or uint8 [H, W, 3] arrays, one or a sequence, or as
+    a float32 [B, 3, S, S] array of pixels that are already preprocessed.
+
+    All methods work in batches of `batch_size`. Shapes: B images or texts, S image side, N patches, L bits,
+    D encoder width.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """What token files call this tokenizer."""
+        """32 hex digits by which token files name this tokenizer."""
         return self.checkpoint.fingerprint
 
     # -- images to tokens and back -----------------------------------------------------------
@@ -101,7 +104,7 @@ class Model:
         return self._gather(images, self.network.latents, batch_size, shape)
 
     def encode(self, images: Images, *, batch_size: int = DEFAULT_BATCH) -> VisualTokens:
-        """Images to VisualTokens, named by their paths where they have one."""
+        """Images to VisualTokens, which are named by their paths if all images are paths."""
         sequence = as_sequence(images)
         batches = [tokens for _, tokens in self.encode_batches(sequence, batch_size=batch_size)]
         tokens = VisualTokens.concatenate(batches or [self._no_tokens()])
@@ -117,9 +120,10 @@ class Model:
         batch_size: int = DEFAULT_BATCH,
         on_error: OnError | None = None,
     ) -> Iterator[tuple[list[int], VisualTokens]]:
-        """Yield (positions, tokens) batch by batch, as they are ready.
+        """Yield (positions in `images`, tokens) batch by batch.
 
-        With `on_error` an image that cannot be read is handed to it and left out.
+        An image that cannot be read raises ImageError or, with `on_error`, is passed to it as (position,
+        error) and left out.
         """
         if not self.config.quantizes:
             raise QlipError(
@@ -140,8 +144,8 @@ class Model:
     ) -> np.ndarray:
         """Tokens to pictures: uint8 [B, S, S, 3].
 
-        Raises TokenFileError for tokens of another tokenizer (`any_model` decodes them all the same,
-        where the sizes fit), and for what is no VisualTokens.
+        Raises TokenFileError for tokens of another tokenizer (with `any_model` only if their sizes do not
+        fit), and for anything but VisualTokens.
         """
         check_tokens(tokens)
         size = self.config.image_size
@@ -209,8 +213,10 @@ class Model:
     def similarity(
         self, images: Images, texts: Texts, *, batch_size: int = DEFAULT_BATCH
     ) -> np.ndarray:
-        """Logits float32 [B, T]: exp(logit_scale) times the cosine. Of texts, which are short, four times
-        `batch_size` are taken at once, here and in `classify`."""
+        """Logits float32 [B, T]: exp(logit_scale) times the cosine.
+
+        Texts are short, so batches of them are four times `batch_size`, here and in `classify`.
+        """
         image = self.embed_images(images, batch_size=batch_size)
         return self.logit_scale * image @ self.embed_texts(texts, batch_size=4 * batch_size).T
 
@@ -224,7 +230,7 @@ class Model:
     ) -> np.ndarray:
         """Probabilities float32 [B, T] over `labels`, rows sum to 1.
 
-        A label's embedding is the mean over `templates` ("a photo of {}"), brought to unit length.
+        A label's embedding is the mean over `templates` ("a photo of {}"), normalised to unit length.
         """
         classes = self.embed_labels(labels, templates, batch_size=4 * batch_size)
         logits = self.logit_scale * self.embed_images(images, batch_size=batch_size) @ classes.T
@@ -237,7 +243,7 @@ class Model:
         *,
         batch_size: int = 4 * DEFAULT_BATCH,
     ) -> np.ndarray:
-        """float32 [T, projection_dim]: each label in all templates, averaged, unit length."""
+        """float32 [T, projection_dim]: each label's mean over all templates, unit length."""
         if isinstance(labels, str) or not len(labels):
             raise TextError("labels must be a non-empty list of strings")
         if isinstance(templates, str) or not len(templates):
@@ -252,8 +258,8 @@ class Model:
 
     @property
     def logit_scale(self) -> np.float32:
-        """exp of the stored logit_scale: what cosines are multiplied by. Raises CheckpointError where that
-        is no finite number."""
+        """exp of the stored logit_scale, the factor on cosines. Raises CheckpointError if that is not
+        finite."""
         stored = np.float32(self.checkpoint.tensor("logit_scale"))
         with np.errstate(over="ignore"):
             scale = np.exp(stored)
@@ -266,8 +272,10 @@ class Model:
     def hidden_states(
         self, images: Images, layer: int = -2, *, batch_size: int = DEFAULT_BATCH
     ) -> np.ndarray:
-        """float32 [B, N+1, D], CLS first: the encoder after `layer` layers, 0 being its input and -1
-        the last; LLaVA takes -2."""
+        """The encoder's states after `layer` layers: float32 [B, N+1, D], CLS first.
+
+        0 is the input of the first layer, -1 the output of the last. LLaVA takes -2 without CLS (SPEC section 6).
+        """
         layers = self.config.vision_config.num_hidden_layers
         if not -layers - 1 <= layer <= layers:
             raise ValueError(f"layer {layer}: the encoder has states {-layers - 1} to {layers}")
@@ -294,14 +302,13 @@ class Model:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> np.ndarray:
-        """Pictures of prompts, uint8 [len(prompts)*n, S, S, 3], n of each in turn (SPEC section 4).
+        """Draw `n` pictures of each prompt: uint8 [len(prompts)*n, S, S, 3] (SPEC section 4).
 
-        A setting that is None is the generator's own (`generator_config.sampling`); what they
-        mean is said at `qlip_core.generator.sampling.Sampling`. The same seed gives the same
-        picture on every backend, whatever is drawn beside it. An empty prompt draws without a
-        caption; one over the limit is cut, with a PromptCut warning. `progress` hears of sub-tokens as
-        they are drawn. Raises GenerationError for a setting out of range or a model without a
-        generator.
+        Settings that are None are the generator's own (`generator_config.sampling`);
+        `qlip_core.generator.sampling.Sampling` explains them. The same seed gives the same picture on every
+        backend, whatever else is drawn with it. An empty prompt draws without a caption; one that is too long
+        is cut, with a PromptCut warning. `progress` is called with the number of sub-tokens drawn since the
+        last call. Raises GenerationError for a setting out of range or a model without a generator.
         """
         tokens = self.generate_tokens(
             prompts,
@@ -333,7 +340,7 @@ class Model:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> VisualTokens:
-        """`generate` before the decoder: VisualTokens named by their prompts."""
+        """Like `generate`, but before decoding: VisualTokens named by their prompts."""
         sampling = merged(
             self.generator_config.sampling,
             temperature=temperature,
@@ -358,9 +365,9 @@ class Model:
         batch_size: int = 8,
         progress: Progress | None = None,
     ) -> Iterator[tuple[int, VisualTokens]]:
-        """Yield (first picture, VisualTokens named by their prompts) batch by batch, as they are drawn.
+        """Yield (number of the first picture, VisualTokens named by their prompts) batch by batch.
 
-        All settings at once in `sampling` (None: the generator's own).
+        `sampling` has all settings (None: the generator's own).
         """
         check_batch_size(batch_size)
         drawer = self._drawer
@@ -385,8 +392,10 @@ class Model:
         cfg_schedule: str | None = None,
         cfg_interval: tuple[float, float] | None = None,
     ) -> Iterator[np.ndarray]:
-        """`generate` as it happens: after each row of patches all pictures so far, uint8 [B, S, S, 3],
-        decoded from the sub-tokens drawn, grey below them. The last are `generate`'s."""
+        """Like `generate`, but yield the unfinished pictures after each row of patches: uint8 [B, S, S, 3].
+
+        What is not drawn yet is grey. The last pictures are those of `generate`.
+        """
         drawer = self._drawer
         sampling = merged(
             drawer.config.sampling,
@@ -404,13 +413,13 @@ class Model:
 
     @cached_property
     def generator(self) -> GeneratorCheckpoint | None:
-        """The one that was named, or the model's own; None where it has none. Raises ConfigError or
-        CheckpointError for one that is damaged or was made for another tokenizer."""
+        """The generator named in `load`, or the model's own, or None. Raises ConfigError or CheckpointError
+        if it is damaged or was made for another tokenizer."""
         return self._generator or find_generator(self.checkpoint, None)
 
     @property
     def generator_config(self) -> GeneratorConfig:
-        """The generator's. Raises GenerationError for a model without one."""
+        """The generator's config. Raises GenerationError for a model without a generator."""
         return require_generator(self.checkpoint, self.generator).config
 
     def _so_far(self, bits: np.ndarray) -> np.ndarray:

@@ -22,15 +22,15 @@ from qlip_core.errors import CheckpointError, TokenFileError
 from qlip_core.tensorfile import MAX_HEADER, TensorFile, to_json, write_tensors
 
 FORMAT, VERSION = "qlip-tokens", "1"
-_OTHERS = 4096  # bytes that a header has room for besides the names
+_OTHERS = 4096  # bytes of the header that are kept free for everything but the names
 
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """Codes of B images on a grid of h x w patches (N = h*w), L bits a patch. Packed in memory.
+    """Codes of B images on a grid of h x w patches (N = h*w), L bits per patch, packed in memory.
 
-    `model` is the fingerprint of the tokenizer that wrote them (empty: made in memory, decodes with
-    any), `names` what the images were called (empty, or one each).
+    `model` is the fingerprint of the tokenizer that made them (empty for tokens made in memory, which any
+    tokenizer decodes); `names` has one name per image, or none.
     """
 
     packed: np.ndarray
@@ -73,7 +73,7 @@ class VisualTokens:
 
     @classmethod
     def from_indices(cls, indices: np.ndarray, length: int, grid: tuple[int, int]) -> VisualTokens:
-        """From one integer of L = `length` bits a patch: [B, N]."""
+        """From one integer of L = `length` bits per patch: [B, N]."""
         return cls.from_bits(bsq.integers_to_bits(np.asarray(indices)[..., None], length), grid)
 
     @classmethod
@@ -83,7 +83,7 @@ class VisualTokens:
 
     @classmethod
     def concatenate(cls, parts: Sequence[VisualTokens]) -> VisualTokens:
-        """All images of several, in order. Raises ValueError if they are of different tokenizers."""
+        """Join the images of several, in order. Raises ValueError if their tokenizers differ."""
         if not parts:
             raise ValueError("nothing to concatenate: an empty sequence has no grid")
         first = parts[0]
@@ -127,7 +127,7 @@ class VisualTokens:
         return bsq.bits_to_integers(self.bits, self.length)[..., 0]
 
     def groups(self, size: int | None = None) -> np.ndarray:
-        """Sub-tokens of `size` bits, int64 [B, N, L/size]; None: 14 if that divides L, else L."""
+        """Sub-tokens of `size` bits, int64 [B, N, L/size]. Without `size`: 14 if that divides L, else L."""
         if size is None:
             size = 14 if self.length % 14 == 0 else self.length
         return bsq.bits_to_integers(self.bits, size)
@@ -140,8 +140,8 @@ class VisualTokens:
     ) -> VisualTokens:
         """Some of the images; an integer gives one image, still as a batch.
 
-        A sequence is of integers, or of one boolean an image. Raises IndexError for images that are not there,
-        TypeError for anything else.
+        A sequence holds integers, or one boolean per image. Raises IndexError for images that do not exist,
+        TypeError for other keys.
         """
         if isinstance(key, slice):
             rows = np.arange(len(self))[key]
@@ -169,8 +169,8 @@ class VisualTokens:
     # -- on disk -----------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write a `.qlip` file, whole or not at all. Raises TokenFileError for names that it cannot hold,
-        OSError where it cannot be written."""
+        """Write a `.qlip` file, whole or not at all. Raises TokenFileError if the names do not fit in it,
+        OSError if it cannot be written."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -183,7 +183,7 @@ class VisualTokens:
 
     @classmethod
     def load(cls, path: str | Path) -> VisualTokens:
-        """Read a `.qlip` file, or a pipe that one comes out of.
+        """Read a `.qlip` file, or a pipe that delivers one.
 
         Raises TokenFileError if it is damaged, not a token file, or of another version.
         """
@@ -217,7 +217,7 @@ class VisualTokens:
 
     @classmethod
     def _from_pipe(cls, path: Path) -> VisualTokens:
-        """By way of a file, which its size and its header can be held against."""
+        """Read a pipe through a temporary file, so that size and header can be checked."""
         with tempfile.TemporaryDirectory() as folder:
             copy = Path(folder, "copy")
             with path.open("rb") as pipe, copy.open("wb") as file:
@@ -253,7 +253,7 @@ class VisualTokens:
 
 
 def names_text(names: Sequence[str]) -> str:
-    """The names of images as a token file holds them. Raises TokenFileError for more than its header takes."""
+    """The names as a token file stores them. Raises TokenFileError if its header cannot hold them."""
     text = to_json(list(names))
     size = len(to_json(text).encode())
     if size > MAX_HEADER - _OTHERS:

@@ -12,7 +12,7 @@ from qlip_core.backends import Network
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import QLIPConfig
 
-TOLERANCE = 1e-4  # DESIGN: embeddings and pixels, absolute
+TOLERANCE = 1e-4  # of embeddings and pixels, absolute
 SURE = 1e-5  # bits are equal wherever |u| is above this
 
 each_configuration = pytest.mark.parametrize("config", CONFIGURATIONS.values(), ids=CONFIGURATIONS)

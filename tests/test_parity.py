@@ -1,4 +1,4 @@
-"""numpy, PyTorch and MLX on the same weights: DESIGN section 4.1.
+"""numpy, PyTorch and MLX give the same on the same weights.
 
 Each backend is held to the numpy reference elsewhere; here they are compared with each other, over the
 whole path that a user takes, at tiny size, and once at the full size of B-16.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlip_core.backends import Backend, Network
 
 PACKAGES = ("qlip", "numpy", "pillow", "tokenizers", "safetensors", "huggingface_hub")
-# What DESIGN section 4 promises of float32: bits equal where |u| is above the first, the rest within.
+# What every backend promises in float32: bits equal where |u| is above the first, the rest within the second.
 U_MARGIN, TOLERANCE = 1e-5, 1e-4
 _IMAGES = 4
 

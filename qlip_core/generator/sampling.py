@@ -1,4 +1,4 @@
-"""The rule of sampling: one seed, one picture, on every backend and in any batch (DESIGN section 4).
+"""The rule of sampling: one seed, one picture, on every backend and in any batch.
 
 A step takes `argmax(filtered logits / temperature + Gumbel noise)`, the lowest value where two are
 equal. The noise of a value follows from (seed, image, step, value) by an integer hash alone, so each
