@@ -197,23 +197,7 @@ class VisualTokens:
             raise TokenFileError(
                 f"{path}: {problem if os.path.exists(path) else 'no such token file'}"
             )
-        try:
-            file = TensorFile(path)
-        except CheckpointError as error:
-            message = str(error).replace("safetensors file", "token file")
-            raise TokenFileError(f"{message} (expected a .qlip token file)") from None
-        meta = file.metadata
-        if meta.get("format") != FORMAT:
-            raise TokenFileError(
-                f"{path}: a safetensors file, but not of tokens "
-                f'(format is {meta.get("format")!r}, expected "{FORMAT}")'
-            )
-        if meta.get("version") != VERSION:
-            raise TokenFileError(
-                f"{path}: token file version {meta.get('version')!r}, this qlip reads {VERSION}: "
-                "upgrade qlip"
-            )
-        return cls._parse(path, file)
+        return cls._parse(path, open_format(path, "token file", FORMAT, VERSION))
 
     @classmethod
     def _from_pipe(cls, path: Path) -> VisualTokens:
@@ -250,6 +234,28 @@ class VisualTokens:
         except (ValueError, RecursionError) as error:
             reason = f" ({error})" if str(error) else ""
             raise TokenFileError(f"{path}: the token file's header is damaged{reason}") from None
+
+
+def open_format(path: Path, what: str, form: str, version: str) -> TensorFile:
+    """A safetensors file whose metadata say that it is a `what` of this format and version.
+
+    Raises TokenFileError if it is damaged or anything else.
+    """
+    try:
+        file = TensorFile(path)
+    except CheckpointError as error:
+        message = str(error).replace("safetensors file", what)
+        raise TokenFileError(f"{message} (expected a {what})") from None
+    found, its_version = file.metadata.get("format"), file.metadata.get("version")
+    if found != form:
+        raise TokenFileError(
+            f'{path}: a safetensors file, but not a {what} (format is {found!r}, expected "{form}")'
+        )
+    if its_version != version:
+        raise TokenFileError(
+            f"{path}: {what} version {its_version!r}, this qlip reads {version}: upgrade qlip"
+        )
+    return file
 
 
 def names_text(names: Sequence[str]) -> str:

@@ -339,7 +339,7 @@ def test_bad_token_files(cli: Qlip) -> None:
     for name, message in {
         "cut.qlip": "cut short or damaged",
         "text.qlip": "not a token file",
-        "weights.qlip": "not of tokens",
+        "weights.qlip": "but not a token file",
         "newer.qlip": "upgrade qlip",
         "odd.qlip": "header is damaged",
         "absent.qlip": "no such token file",

@@ -204,7 +204,7 @@ GOOD = {"format": "qlip-tokens", "version": "1", "length": "4", "grid": "1x2", "
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "pt"}, "not of tokens"),
+        ({"format": "pt"}, "but not a token file"),
         ({"version": "2"}, "token file version '2', this qlip reads 1"),
         ({"length": "five"}, r"header is damaged \(length is 'five'\)"),
         ({"length": "5"}, "header is damaged"),

@@ -21,8 +21,9 @@ import numpy as np
 
 import qlip_core
 from qlip_core.bsq import packed_bytes
-from qlip_core.errors import CheckpointError, QlipError, TokenFileError
+from qlip_core.errors import QlipError, TokenFileError
 from qlip_core.tensorfile import TensorEntry, TensorFile, write_tensors
+from qlip_core.tokens import open_format
 
 if TYPE_CHECKING:
     from qlip_core.model import Model
@@ -217,24 +218,9 @@ def decode_text(data: bytes) -> str:
 
 def read_header(path: Path) -> Header:
     """Check a token shard's header against its tensors. Raises TokenFileError."""
+    file = open_format(path, "token shard", FORMAT, VERSION)
     try:
-        file = TensorFile(path)
-    except CheckpointError as error:
-        message = str(error).replace("safetensors file", "token shard")
-        raise TokenFileError(f"{message} (expected a token shard)") from None
-    meta = file.metadata
-    if meta.get("format") != FORMAT:
-        raise TokenFileError(
-            f"{path}: a safetensors file, but no token shard "
-            f'(format is {meta.get("format")!r}, expected "{FORMAT}")'
-        )
-    if meta.get("version") != VERSION:
-        raise TokenFileError(
-            f"{path}: token shard version {meta.get('version')!r}, this qlip reads {VERSION}: "
-            "upgrade qlip"
-        )
-    try:
-        return _parse(meta, file)
+        return _parse(file.metadata, file)
     except (KeyError, ValueError, TypeError) as error:
         raise TokenFileError(f"{path}: the token shard's header is damaged ({error!r})") from None
 
@@ -264,7 +250,7 @@ def _parse(meta: dict[str, str], file: TensorFile) -> Header:
     if not all(type(n) is int for n in skipped["counts"].values()) or not all(
         isinstance(text, str) for text in skipped["named"]
     ):
-        raise ValueError("skipped is no tally")
+        raise ValueError("skipped is not a tally")
     count = int(meta["count"])
     shapes = {"bits": (count, settings.row_bytes)}
     if settings.flips:
