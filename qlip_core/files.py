@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all; and text files, line by line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from qlip_core.errors import DataError
 
 
 @contextlib.contextmanager
@@ -32,6 +34,16 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """The lines of a text file in UTF-8. Raises DataError if it cannot be read as one."""
+    try:
+        return Path(path).read_text("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: not a text file in UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
 
 
 def write_text(path: Path, text: str) -> None:

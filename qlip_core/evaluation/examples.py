@@ -14,6 +14,7 @@ from qlip_core.data.draws import stable_hash
 from qlip_core.data.samples import BROKEN_IMAGE, Bad, Limits, Sample, Tally, label_of
 from qlip_core.data.shards import FolderSource, iter_samples, open_source
 from qlip_core.errors import DataError, ImageError
+from qlip_core.files import read_lines
 from qlip_core.images import ImageLike
 from qlip_core.model import Model
 
@@ -126,11 +127,7 @@ class Part:
 def read_classes(path: str | Path) -> dict[str, str]:
     """Class names from a file of lines "folder or label<TAB>name"; raises DataError for other lines."""
     out = {}
-    try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if line.strip():
             label, tab, name = line.partition("\t")
             if not tab or not name.strip():

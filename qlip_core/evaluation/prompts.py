@@ -10,6 +10,7 @@ from typing import Any
 from qlip_core.data.samples import Bad, Tally
 from qlip_core.errors import DataError
 from qlip_core.evaluation.examples import Examples
+from qlip_core.files import read_lines
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,8 @@ def read_prompts(path: str | Path, classes: Sequence[str] = ()) -> PromptSet:
 
     Blank lines are left out. Raises DataError for a file that cannot be read, or as `PromptSet` does.
     """
-    try:
-        lines = Path(path).read_text("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise DataError(f"{path}: not a text file in UTF-8") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
     prompts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         text, *names = (part.strip() for part in line.split("\t"))
