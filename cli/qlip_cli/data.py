@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlip_cli.options import Force, Json
+from qlip_cli.options import Force, Json, Shards
 from qlip_cli.terminal import note, print_facts, print_json, print_line, progress, size_text
 
 if TYPE_CHECKING:
@@ -88,14 +88,7 @@ def emoji(
 
 @app.command(epilog="Example: qlip data check 'shards/{00000..00099}.tar'")
 def check(
-    shards: Annotated[
-        str,
-        typer.Argument(
-            metavar="SHARDS",
-            show_default=False,
-            help="Tars, parquet or a folder, local or by URL; {000..099} and * stand for many.",
-        ),
-    ],
+    shards: Shards,
     json: Json = False,
 ) -> None:
     """Read a set as training would, and say what is in it.

@@ -19,6 +19,14 @@ Images = Annotated[
     list[str],
     typer.Argument(metavar="IMAGE", hidden=True),
 ]
+Shards = Annotated[
+    str,
+    typer.Argument(
+        metavar="SHARDS",
+        show_default=False,
+        help="Tars, parquet or a folder, local or by URL; {000..099} and * stand for many.",
+    ),
+]
 ModelName = Annotated[
     str | None,
     typer.Option(

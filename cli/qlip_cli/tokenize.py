@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
+from qlip_cli.options import (
+    BackendName,
+    BatchSize,
+    Device,
+    Dtype,
+    Force,
+    Json,
+    ModelName,
+    Revision,
+    Shards,
+)
 from qlip_cli.outputs import check_folder
 from qlip_cli.terminal import count_text, note, print_facts, print_json, progress, size_text
 
@@ -22,14 +32,7 @@ _SHOWN = 20  # bad samples named on the terminal
 
 
 def tokenize(
-    shards: Annotated[
-        str,
-        typer.Argument(
-            metavar="SHARDS",
-            show_default=False,
-            help="Tars, parquet or a folder, local or by URL; {000..099} and * stand for many.",
-        ),
-    ],
+    shards: Shards,
     output: Annotated[
         Path, options.output("Folder for the token shards, one for each input shard.")
     ],
