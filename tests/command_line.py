@@ -1,8 +1,10 @@
-"""Running the `qlip` command in this process, shared by its tests."""
+"""Running the `qlip` command in this process, and pictures for it, shared by tests."""
 
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +60,14 @@ def picture(seed: int, size: tuple[int, int] = (90, 70)) -> Image.Image:
     """A smooth random picture, width x height."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes whose header claims 50,000 x 50,000 pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + check
+
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))

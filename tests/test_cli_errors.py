@@ -8,19 +8,17 @@ import os
 import pickle
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import pytest
-from command_line import Qlip, picture, runner
+from command_line import Qlip, bomb, picture, runner
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -50,17 +48,6 @@ def left() -> set[str]:
 
 
 # -- images ------------------------------------------------------------------------------------
-
-
-def bomb() -> bytes:
-    """A PNG of a few bytes whose header claims 50,000 x 50,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99)))
 
 
 def test_bad_images_each_with_its_own_line(cli: Qlip) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import struct
 import warnings
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -95,17 +94,6 @@ def test_arrays_and_pil_images_are_taken_as_they_are() -> None:
     for wrong in (array.astype(np.float32), array[..., :1], array[None], array[:0]):
         with pytest.raises(ImageError, match=r"expected uint8 \[H, W, 3\]"):
             open_image(wrong)
-
-
-def bomb() -> bytes:
-    """A PNG whose header claims 100,000 x 100,000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + data))
-        return struct.pack(">I", len(data)) + kind + data + check
-
-    header = struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10)))
 
 
 def test_files_that_are_no_images(tmp_path: Path) -> None:
