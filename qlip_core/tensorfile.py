@@ -238,7 +238,9 @@ def _read_header(
         )
     if len(prefix) < 8:
         raise CheckpointError(f"{path}: only {size} bytes long, not a safetensors file")
-    if length > min(MAX_HEADER, size - 8):
+    if length > MAX_HEADER:
+        raise CheckpointError(f"{path}: not a safetensors file")
+    if length > size - 8:
         raise CheckpointError(
             f"{path}: not a safetensors file, or cut short (header of {length} bytes, file of {size})"
         )
