@@ -87,6 +87,10 @@ class Model:
         self.dtype = network.dtype
         self.preprocessing = checkpoint.preprocessing
 
+    def __repr__(self) -> str:
+        where = f"{self.backend}, {self.device}, {self.dtype}"
+        return f"Model({str(self.checkpoint.folder)!r}, {where})"
+
     @property
     def fingerprint(self) -> str:
         """32 hex digits by which token files name this tokenizer."""

@@ -25,7 +25,7 @@ FORMAT, VERSION = "qlip-tokens", "1"
 _OTHERS = 4096  # bytes of the header that are kept free for everything but the names
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VisualTokens:
     """Codes of B images on a grid of h x w patches (N = h*w), L bits per patch, packed in memory.
 
@@ -156,6 +156,9 @@ class VisualTokens:
         names = tuple(self.names[i] for i in rows) if self.names else ()
         return replace(self, packed=self.packed[rows], names=names)
 
+    def __repr__(self) -> str:
+        return f"VisualTokens(images={len(self)}, grid={self.grid}, length={self.length})"
+
     def __iter__(self) -> Iterator[VisualTokens]:
         return (self[i] for i in range(len(self)))
 
@@ -244,8 +247,7 @@ def open_format(path: Path, what: str, form: str, version: str) -> TensorFile:
     try:
         file = TensorFile(path)
     except CheckpointError as error:
-        message = str(error).replace("safetensors file", what)
-        raise TokenFileError(f"{message} (expected a {what})") from None
+        raise TokenFileError(str(error).replace("safetensors file", what)) from None
     found, its_version = file.metadata.get("format"), file.metadata.get("version")
     if found != form:
         raise TokenFileError(

@@ -48,6 +48,12 @@ def test_official_numbers_through_the_api(official: Path, expected: dict) -> Non
     np.testing.assert_allclose(model.latents(pixels), expected["u"], atol=1e-4)
 
 
+def test_a_session_shows_what_it_holds(model: Model, pictures: list[Path]) -> None:
+    folder = str(model.checkpoint.folder)
+    assert repr(model) == f"Model({folder!r}, numpy, cpu, float32)"
+    assert repr(model.encode(pictures)) == "VisualTokens(images=7, grid=(8, 8), length=28)"
+
+
 def test_every_kind_of_image_gives_the_same_tokens(model: Model, pictures: list[Path]) -> None:
     tokens = model.encode(pictures)
     assert tokens.names == tuple(map(str, pictures)) and tokens.grid == (8, 8)
