@@ -26,7 +26,7 @@ SUFFIXES = frozenset(
 # Pillow warns of large images long before it refuses them, and of odd metadata, which does no harm.
 # A filter is the whole process's and images are decoded in many threads: so once, for its modules alone.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-_MAX_PIPE = 2**28  # bytes; more than any picture that is no bomb
+_MAX_PIPE = 2**28  # bytes; more than any sane picture
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 

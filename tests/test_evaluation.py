@@ -336,7 +336,7 @@ def test_zero_shot_is_classify(model: qlip.Model) -> None:
         assert result.details["classes"][name]["top-1"] == of_class.mean()
         assert result.details["classes"][name]["images"] == len(of_class)
     assert result.protocol.model == weights_fingerprint(model)  # the text tower counts
-    with pytest.raises(DataError, match="'blue' is no class"):
+    with pytest.raises(DataError, match="'blue' is not a class"):
         evaluate_zero_shot(model, examples, ["red", "green"])
     with pytest.raises(DataError, match="has no label"):
         evaluate_zero_shot(model, ExampleList.of_images(pictures(1)), ["red", "green"])

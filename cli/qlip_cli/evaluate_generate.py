@@ -187,7 +187,7 @@ def _towers(source: str, backend: str, device: str, torch_device: str) -> Towers
     from qlip_core.evaluation.learned import learned_metrics
 
     options.quiet_hub()
-    needs = f"{source}: a CLIP that is no QLIP needs torch and transformers"
+    needs = f"{source}: a CLIP that is not a QLIP needs torch and transformers"
     return learned_metrics(needs, "t5").clip(source, torch_device)
 
 

@@ -107,7 +107,7 @@ def check(
 ) -> Report:
     """Read all of `source` (a location, or one that is open) and decode every image.
 
-    `progress` hears of every sample. Memory does not grow with the set beyond the
+    `progress` is called for every sample. Memory does not grow with the set beyond the
     keys' hashes (see `MAX_KEYS`). Raises DataError where the set is not there or cannot be read at all.
     """
     if isinstance(source, str):

@@ -34,7 +34,7 @@ def write_shards(
     A sample is three files in a tar, `{key}.png`, `{key}.txt` (the caption) and `{key}.json`
     (`EmojiSet.describe`). PNG and not JPEG: at 64 px JPEG's halved colour would blur the targets
     that reconstructions are measured against. Every file is written under another name and renamed
-    when whole; `dataset.json` comes last, so a folder without it is incomplete. `progress` hears of
+    when whole; `dataset.json` comes last, so a folder without it is incomplete. `progress` is called for
     every sample.
 
     Raises DataError if `count` or `shard_size` is below 1, or if `out` holds a set and not `force`.

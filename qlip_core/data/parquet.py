@@ -40,7 +40,7 @@ class ParquetSource:
 
     @classmethod
     def open(cls, location: str, files: Sequence[str], limits: Limits) -> ParquetSource:
-        """Reads every file's footer. Raises DataError for a file that is no parquet or lacks a column."""
+        """Reads every file's footer. Raises DataError for a file that is not parquet or lacks a column."""
         groups: list[tuple[int, int, int]] = []
         columns = []
         for number, name in enumerate(files):

@@ -1,4 +1,4 @@
-"""Scenes: everything that is drawn in one picture, as data, and how they are drawn by lot.
+"""Scenes: everything that is drawn in one picture, as data, and how they are drawn at random.
 
 Lengths and places are fractions of the picture's side, (0, 0) its top left corner, so one scene can
 be painted at any size.
@@ -116,7 +116,7 @@ def held_out_combinations(scene: Scene) -> int:
 
 
 def draw_scene(draws: Draws, pick: Callable[[Draws], Glyph]) -> Scene:
-    """A scene by lot: mostly one large glyph in the middle, on a plain or graded background."""
+    """A random scene: mostly one large glyph in the middle, on a plain or graded background."""
     count = draws.weighted(((1, 0.80), (2, 0.15), (3, 0.05)))
     glyphs = [pick(draws)]
     while len(glyphs) < count:

@@ -41,7 +41,7 @@ class TarSource:
         """(number in the shard, sample) from number `skip` on, of those with number % parts == part.
 
         Raises DataError where the shard cannot be opened or a connection keeps breaking. A shard that is
-        read well but is no whole tar ends with a Bad.
+        read well but is not a whole tar ends with a Bad.
         """
         address = self.shards[shard]
         failures = 0

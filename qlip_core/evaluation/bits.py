@@ -10,9 +10,9 @@ from qlip_core.tokens import VisualTokens
 
 
 class CodeUsage:
-    """Counts over all tokens that come by, of L bits in groups of `group_size`.
+    """Running counts over tokens of L bits in groups of `group_size`.
 
-    Memory grows with the distinct codes seen, at most one a token.
+    Memory grows with the number of distinct codes seen, at most one per token.
     """
 
     def __init__(self, length: int, group_size: int) -> None:
@@ -43,8 +43,8 @@ class CodeUsage:
     def code_entropy(self) -> np.ndarray:
         """float64 [L/g]: entropy of each group's codes as counted, in bits, at most g.
 
-        Counting underestimates it where tokens are not many more than codes: no more than
-        log2(tokens) can come out.
+        Counting underestimates it unless there are many more tokens than codes: it cannot exceed
+        log2(tokens).
         """
         out = []
         for _, counts in self._seen:

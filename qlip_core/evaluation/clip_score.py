@@ -1,7 +1,7 @@
-"""Who says whether a picture fits its prompt: two towers whose embeddings are compared.
+"""The judges of whether a picture fits its prompt: two towers whose embeddings are compared.
 
-CLIPScore here is the mean over pictures of max(cosine, 0): the plain cosine that generators are
-reported with (QLIP's 0.316), not the 2.5-fold one of CLIPScore's own paper (arXiv 2104.08718), and
+CLIPScore here is the mean over pictures of max(cosine, 0): the plain cosine usually reported for
+generators (QLIP's 0.316), not the 2.5-fold one of CLIPScore's own paper (arXiv 2104.08718), and
 prompts are embedded as they are, without "A photo depicts".
 """
 

@@ -1,6 +1,6 @@
 """The emoji set's evaluations. Seen and unseen names never share a set, and only unseen ones are zero-shot.
 
-"Seen" names stood in training's captions; their pictures here are new renderings. "Unseen" names and
+"Seen" names occurred in training captions; their pictures here are new renderings. "Unseen" names and
 glyphs were kept out of training altogether.
 """
 
@@ -23,7 +23,7 @@ from qlip_core.evaluation.prompts import Prompt, PromptSet
 CLASSES = 100
 CAPTIONS = 500
 HELD_OUT = 1000
-_SEED = 0  # of colours that stand in prompts by lot
+_SEED = 0  # of the random colours in prompts
 UNSEEN_CLASS_NAMES: tuple[str, ...] = UNSEEN_NAMES[:CLASSES]
 
 SEEN_NAMES_TITLE = "100 seen names, unseen renderings"
@@ -143,10 +143,10 @@ _PLACE = "centre"
 
 
 def seen_prompts() -> PromptSet:
-    """One prompt for each of `CLASS_NAMES_100`, the colour by lot: "a red apple on a blue background".
+    """One prompt for each of `CLASS_NAMES_100`, with a random colour: "a red apple on a blue background".
 
-    Training could show each glyph in the middle of its background, and may have said these very words:
-    renderings and combinations are held out of it, captions as such are not.
+    Training could show each glyph in the middle of its background, and may have had the same captions:
+    renderings and combinations are held out of it, captions are not.
     """
     return _on_colours(SEEN_PROMPTS_TITLE, held_out=False)
 

@@ -1,4 +1,4 @@
-"""What is evaluated on: pictures with what is said of them, read as a stream and as often as needed."""
+"""The data of an evaluation: pictures with captions or classes, read as a stream, as often as needed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class ExampleList:
 class StoredExamples:
     """Tars, parquet, or a folder of images.
 
-    Captions are not needed, and are read as for training where there are any: in a folder from a `.txt` or
+    Captions are optional and read as for training: in a folder from a `.txt` or
     `.json` beside an image. An image's class is the folder it lies in, else its label (metadata's "label",
     `.cls` in a tar, a column `label` in parquet), else its caption; `classes` renames them. `limit` ends the
     set early.

@@ -10,7 +10,7 @@ from qlip_core.errors import QlipError
 
 
 class FeatureStatistics:
-    """Mean and covariance of features that come by in batches: exact, in memory of one F x F matrix."""
+    """Exact mean and covariance of features added in batches, in the memory of one F x F matrix."""
 
     def __init__(self) -> None:
         self.count = 0

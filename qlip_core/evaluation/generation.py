@@ -148,7 +148,7 @@ def evaluate_generation(
 
 
 class _Measured:
-    """Scores of pictures as they come by, in the order of the prompts, n of each."""
+    """Collects the scores of pictures, which are added in the order of the prompts, n of each."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What is drawn to be measured: prompts, each with the thing that it names, where that is known."""
+"""Prompts to draw and measure, each with the thing that it names, where that is known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlip_core.files import read_lines
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked for, and what thing a classifier should find in the picture (empty: not known)."""
+    """A text to draw, and the thing that a classifier should find in the picture (empty: not known)."""
 
     text: str
     name: str = ""

@@ -1,6 +1,6 @@
-"""Results that say how they were measured, and refuse to stand beside others measured differently.
+"""Results that say how they were measured, and refuse to be compared with those measured differently.
 
-A figure without its protocol compares with nothing: crop, resize, reference set, count and the weights
+A figure without its protocol cannot be compared with anything: crop, resize, reference set, count and the weights
 behind a metric each move rFID by more than most methods do. So every result carries them.
 """
 
@@ -65,9 +65,9 @@ class Protocol:
         return asdict(self)
 
     def differences(self, other: Protocol) -> list[str]:
-        """ "field: ours / theirs" for whatever keeps two results from being compared.
+        """A line "field: ours / theirs" for everything that keeps two results from being compared.
 
-        A metric that only one of them has keeps nothing from it.
+        A metric that only one of them has does not.
         """
         out = []
         for each in fields(self):
@@ -148,7 +148,7 @@ def recipe_hash(folder: Path) -> str | None:
 
 
 class ReferenceHash:
-    """SHA-256 of images and what is said of them, as they come by."""
+    """Running SHA-256 of images with their captions or labels."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -158,7 +158,7 @@ class ReferenceHash:
         for i, image in enumerate(images):
             self._digest.update(np.ascontiguousarray(image).data)
             if texts:
-                # The length keeps what is said apart from what follows.
+                # The length separates each text from what follows.
                 self._digest.update(f"{len(texts[i].encode())}:{texts[i]}".encode())
 
     def hexdigest(self) -> str:
@@ -216,7 +216,7 @@ class Result:
 
     @classmethod
     def load(cls, path: str | Path) -> Result:
-        """From a JSON file. Raises DataError where it is not one."""
+        """Read a JSON file. Raises DataError if it is not a result."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
@@ -243,8 +243,8 @@ def score_text(name: str, value: float | None) -> str:
 def compare(a: Result, b: Result) -> list[tuple[str, float | None, float | None]]:
     """(score, a's, b's) for all scores of either.
 
-    Raises QlipError naming the fields that differ where the two were not measured in one way; the
-    model, backend, device, dtype and package version are what is compared, so they may differ.
+    Raises QlipError, naming the fields, if the two were not measured in the same way. Model, backend,
+    device, dtype and package version may differ, since they are what is compared.
     """
     if found := a.protocol.differences(b.protocol):
         raise QlipError(

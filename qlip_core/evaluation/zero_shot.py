@@ -32,8 +32,8 @@ def evaluate_zero_shot(
 ) -> Result:
     """Share of images whose class is the nearest text (top-1), or among the five nearest (top-5).
 
-    A class' text is the mean of its embeddings over `templates`; `told` gives classes other words than
-    their names there, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts
+    A class' text is the mean of its embeddings over `templates`; `told` maps classes to words other than
+    their names, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts
     that tie count as nearer than the right one. Raises DataError for an image without a label, a label
     that is no class, or fewer than 2 classes.
     """
@@ -52,7 +52,9 @@ def evaluate_zero_shot(
         labels = [example.label for example in chunk]
         for example in chunk:
             if example.label not in number:
-                said = f"label {example.label!r} is no class" if example.label else "has no label"
+                said = (
+                    f"label {example.label!r} is not a class" if example.label else "has no label"
+                )
                 raise DataError(f"{examples.name}: {example.key}: {said}")
         reference.add(model.preprocessing.to_images(pixels), labels)
         scores = model.embed_images(pixels, batch_size=batch_size) @ texts.T  # [b, C]
