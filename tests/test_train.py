@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,32 @@ def test_checkpointed_blocks_give_the_same_gradients(place: Path) -> None:
         assert set(grads[-1]) == set(architecture(model.config))
     for name, grad in grads[0].items():
         assert torch.equal(grad, grads[1][name]), name
+
+
+# Of torch's own tracing.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_blocks_give_the_same_gradients_and_can_be_looked_into(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without Inductor's code, which takes long to build.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    grads, norms = [], []
+    for compiled in (False, True):
+        model, batch, recipe = model_and_batch(place, 4)
+        engine = EngineRecipe(device="cpu", compile=compiled)
+        stage = build_stage1(model, replace(recipe.stage1, align=0.0), engine, ALONE)
+        # A hook put on later, as every so many steps.
+        stage.backward([batch], 0, None)
+        layer = LayerProbe(stage.shared_layer)
+        stage.backward([batch], 1, layer)
+        layer.close()
+        norms.append(layer.norms(stage.weights, ALONE))
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert norms[0].keys() == {"bsq", "mse", "commitment"}
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_bfloat16_keeps_code_and_losses_in_float32(place: Path) -> None:

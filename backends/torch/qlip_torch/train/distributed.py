@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -238,13 +239,29 @@ def prepare_blocks(
 
     `random`: the blocks have dropout, which the second forward of checkpointing must repeat.
     """
+    if engine.compile:
+        # The looks at each loss's gradient go backward several times through what one forward kept, which code
+        # that may overwrite it refuses.
+        functorch_config.donated_buffer = False
     for block in blocks:
-        forward: Callable[..., Any] = block.forward
-        if engine.compile:
-            forward = torch.compile(forward)
+        forward: Callable[..., Any] = _compiled(block) if engine.compile else block.forward
         if engine.activation_checkpointing:
             forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random)
         block.forward = forward
+
+
+def _compiled(block: nn.Module) -> Callable[..., Any]:
+    """The block's forward by torch.compile; as it is while a module inside has a hook, which compiled code that
+    was made without it passes over."""
+    plain = block.forward
+    compiled = torch.compile(plain)
+    inside = [module for module in block.modules() if module is not block]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hooked = any(module._forward_hooks for module in inside)
+        return (plain if hooked else compiled)(*args, **kwargs)
+
+    return forward
 
 
 def spread(
