@@ -115,6 +115,7 @@ def micro_batches(config: QLIPConfig, case: Case, world: World) -> list[Batch]:
 
 def run(config: QLIPConfig, case: Case, steps: int, world: World) -> tuple[float, float, float]:
     """(images a second, peak memory in GB, seconds of the first step); the median step."""
+    torch.compiler.reset()  # a run compiles for its own shapes, and for few of them
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

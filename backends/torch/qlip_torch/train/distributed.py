@@ -254,7 +254,9 @@ def _compiled(block: nn.Module) -> Callable[..., Any]:
     """The block's forward by torch.compile; as it is while a module inside has a hook, which compiled code that
     was made without it passes over."""
     plain = block.forward
-    compiled = torch.compile(plain)
+    # For the very shapes: the towers share this code, and torch would take the lengths of the second it meets for
+    # ones that vary. A stage meets no others.
+    compiled = torch.compile(plain, dynamic=False)
     inside = [module for module in block.modules() if module is not block]
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -144,7 +144,8 @@ def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
 
 def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
     """Normalised pixels [B, 3, S, S] through the code and back."""
-    with precision.autocast():
+    # Seldom, and not as many as in a step: not worth a compilation.
+    with torch.compiler.set_stance("force_eager"), precision.autocast():
         _, z = model.encode(pixels)
         with exactly(precision.device):
             u = model.bottleneck_down(lifted(z))
