@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from qlip_core.data.samples import Limits, Tally
@@ -131,7 +132,8 @@ class Loader:
             collate_fn=_as_it_is,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=start_worker if workers else None,
-            pin_memory=torch.cuda.is_available(),
+            # What is put together from pieces is so in pinned memory, see `_together`.
+            pin_memory=torch.cuda.is_available() and pieces == 1,
             # Its own generator: the default one is the run's, and must not move with a restart.
             generator=torch.Generator().manual_seed(0),
         )
@@ -166,8 +168,8 @@ class Loader:
         if len(pieces) == 1:
             return pieces[0]
         return Batch(
-            torch.cat([piece.pixels for piece in pieces]),
-            torch.cat([piece.ids for piece in pieces]),
+            _together([piece.pixels for piece in pieces]),
+            _together([piece.ids for piece in pieces]),
             [key for piece in pieces for key in piece.keys],
             [caption for piece in pieces for caption in piece.captions],
         )
@@ -378,6 +380,13 @@ def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> N
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
         )
+
+
+def _together(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; for a run on a GPU in page-locked memory, from which it copies while the host goes on."""
+    shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+    out = torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available())
+    return torch.cat(list(parts), out=out)
 
 
 def _as_it_is(item: T) -> T:
