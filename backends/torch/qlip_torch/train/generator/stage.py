@@ -42,7 +42,9 @@ class LossNetwork(nn.Module):
         Arguments are `Generator.forward`'s.
         """
         device = self.precision.device
-        features, valid, null, tokens = (x.to(device) for x in (features, valid, null, tokens))
+        features, valid, null, tokens = (
+            x.to(device, non_blocking=True) for x in (features, valid, null, tokens)
+        )
         with self.precision.autocast():
             logits = self.model(features, valid, null, tokens)
         with exactly(device):
@@ -109,9 +111,11 @@ class GeneratorStage:
         told = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
         captions = encode_prompts(told, self._conditioner, config)
         arrays = captions.features, captions.valid, captions.null, rows.tokens
-        features, valid, null, tokens = (
-            torch.from_numpy(np.ascontiguousarray(array)) for array in arrays
-        )
+        inputs = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
+        if self.world.device.type == "cuda":
+            # Page-locked: it copies from there while the host goes on.
+            inputs = (tensor.pin_memory() for tensor in inputs)
+        features, valid, null, tokens = inputs
         return features, valid, null, tokens
 
     @torch.no_grad()
