@@ -26,7 +26,8 @@ from qlip_torch.generator import Generator, Packed, Rope
 # Rows that one program multiplies: the least that tensor cores take, and the most that registers hold.
 _ROWS = (16, 32, 64)
 _INNER = 128
-_POSITIONS = 64
+# Elements of keys, and as many of values, that attention takes at once.
+_TILE = 8192
 
 
 @triton.jit
@@ -107,11 +108,13 @@ def _attend(
     if h % (HEADS // GROUPS) == 0:
         tl.store(keys + plane + at * D + i, key)
         tl.store(values + plane + at * D + i, value)
-    # Its own position first, from registers: another head's program may not have stored it yet.
-    largest = tl.sum(q * key.to(tl.float32), axis=0) * scale
-    total = largest * 0 + 1
-    y = value.to(tl.float32)
-    for start in range(0, at, BLOCK_S):
+    # Its own position first, from registers: another head's program may not have stored it yet. Each of the
+    # tile's rows keeps a softmax of its own, so that the loop waits for no other thread.
+    first = tl.arange(0, BLOCK_S) == 0
+    largest = tl.zeros((BLOCK_S,), tl.float32) + tl.sum(q * key.to(tl.float32), axis=0) * scale
+    total = tl.where(first, 1.0, 0.0)
+    y = tl.where(first[:, None], value.to(tl.float32)[None, :], 0.0)
+    for start in tl.range(0, at, BLOCK_S, num_stages=3):
         s = start + tl.arange(0, BLOCK_S)
         there = s < at
         place = plane + s[:, None] * D + i[None, :]
@@ -121,11 +124,14 @@ def _attend(
         if SEEN:
             there = there & (tl.load(seen + r * length + s, mask=there, other=0) != 0)
         score = tl.where(there, score, -float("inf"))
-        top = tl.maximum(largest, tl.max(score, axis=0))
+        top = tl.maximum(largest, score)
         shrink, weight = tl.exp(largest - top), tl.exp(score - top)
-        total = total * shrink + tl.sum(weight, axis=0)
-        y = y * shrink + tl.sum(weight[:, None] * v, axis=0)
+        total = total * shrink + weight
+        y = y * shrink[:, None] + weight[:, None] * v
         largest = top
+    share = tl.exp(largest - tl.max(largest, axis=0))
+    total = tl.sum(total * share, axis=0)
+    y = tl.sum(y * share[:, None], axis=0)
     tl.store(out + (r * HEADS + h) * D + i, (y / total).to(out.dtype.element_ty))
 
 
@@ -163,7 +169,7 @@ class FusedStep:
                 qkv, q_norm, k_norm, self.cos, self.sin, keys, values,
                 x if marks is None else marks, position, y, length, eps, d**-0.5,
                 HEADS=H, GROUPS=K, D=d, NORM=attention.q_norm is not None,
-                SEEN=marks is not None, BLOCK_S=_POSITIONS, num_warps=4,
+                SEEN=marks is not None, BLOCK_S=_TILE // d, num_warps=8,
             )  # fmt: skip
             self._product(y, attention.o_proj, out=x)
             h = self._product(x, mlp.fused, norm=layer.post_attention_layernorm.weight, gate=True)
