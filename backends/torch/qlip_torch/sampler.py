@@ -343,13 +343,17 @@ class Recording:
             logits = self.fused(x[:, 0], number, at, state.seen, state.cache.store)
         else:
             logits = self._logits(x, number, at)
-        if order.guided:
-            logits = guide(logits, state.scales.index_select(0, count))
-        noise = self.noise
-        if noise is not None:
-            noise = noise.index_select(0, count - self.first)[0]
-        chosen = choose(logits, noise, order.sampling)
-        state.drawn.index_copy_(1, count, chosen[:, None])
+        noise, sampling = self.noise, order.sampling
+        if self.fused is not None and sampling.top_p >= 1:
+            scales = state.scales if order.guided else None
+            self.fused.choose(logits, noise, scales, count, self.first, state.drawn, sampling)
+        else:
+            if order.guided:
+                logits = guide(logits, state.scales.index_select(0, count))
+            if noise is not None:
+                noise = noise.index_select(0, count - self.first)[0]
+            chosen = choose(logits, noise, sampling)
+            state.drawn.index_copy_(1, count, chosen[:, None])
         count += 1
 
     def _logits(self, x: Tensor, number: int, at: Tensor) -> Tensor:

@@ -3,9 +3,9 @@
 A step multiplies every weight by one vector a picture, so it should take as long as reading the weights; but a
 kernel that does next to nothing takes two microseconds all the same, and a layer of a small model has less
 work than that. Here a layer is: norm and query-key-value product; rotation, cache and attention; output product
-and sum; norm, gate and up products and SwiGLU; down product and sum. The numbers are those of
-`qlip_torch.generator`, whose docstrings have the equations; products and sums are float32, what is kept
-between kernels is bfloat16.
+and sum; norm, gate and up products and SwiGLU; down product and sum. One more chooses the sub-token. The
+numbers are those of `qlip_torch.generator`, whose docstrings have the equations; products and sums are float32,
+what is kept between kernels is bfloat16.
 
 Legend: R rows (pictures, or twice as many with guidance), D width, O outputs, H heads, K key-value heads,
 d = D/H, S positions of the cache.
@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from qlip_core.generator.sampling import Sampling
 from qlip_torch.generator import Generator, Packed, Rope
 
 # Rows that one program multiplies: the least that tensor cores take, and the most that registers hold.
@@ -135,6 +136,42 @@ def _attend(
     tl.store(out + (r * HEADS + h) * D + i, (y / total).to(out.dtype.element_ty))
 
 
+@triton.jit
+def _choose(
+    logits, noise, scales, count, first, drawn, pictures, steps, temperature,
+    V: tl.constexpr, TOP_K: tl.constexpr, GUIDED: tl.constexpr, NOISY: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """`sampler.choose` for picture b and step number `count` [1], into drawn [B, M]: logits [R, V], noise
+    [steps from `first` [1] on, B, V] where the temperature is not 0. TOP_K: 0 for all."""
+    b = tl.program_id(0)
+    i = tl.arange(0, BLOCK_V)
+    there = i < V
+    step = tl.load(count)
+    x = tl.load(logits + b * V + i, mask=there, other=0.0)
+    if GUIDED:
+        null = tl.load(logits + (pictures + b) * V + i, mask=there, other=0.0)
+        x = null + tl.load(scales + step) * (x - null)
+    if NOISY:
+        x = tl.div_rn(x, temperature)
+    x = tl.where(there, x, -float("inf"))
+    if NOISY:
+        if TOP_K:
+            # Floats as integers of the same order; the k-th largest of those, from its first bit to its last.
+            bits = x.to(tl.int32, bitcast=True)
+            ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+            kth = tl.where(tl.sum((ordered >= 0).to(tl.int32), axis=0) >= TOP_K, 0, -0x80000000)
+            for place in range(31):
+                larger = kth | (1 << (30 - place))
+                enough = tl.sum((ordered >= larger).to(tl.int32), axis=0) >= TOP_K
+                kth = tl.where(enough, larger, kth)
+            threshold = (kth ^ ((kth >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+            x = tl.where(x >= threshold, x, -float("inf"))
+        row = (step - tl.load(first)) * pictures + b
+        x += tl.load(noise + row * V + i, mask=there, other=0.0)
+    tl.store(drawn + b * steps + step, tl.argmax(x, axis=0).to(tl.int64))
+
+
 class FusedStep:
     """The model's step in these kernels; weights are the model's own (`Generator.fuse`)."""
 
@@ -176,6 +213,28 @@ class FusedStep:
             self._product(h, mlp.down_proj, out=x)
         head = model.heads[number]
         return self._product(x, head, norm=model.model.norm.weight, kind=torch.float32)
+
+    @staticmethod
+    def choose(
+        logits: Tensor,
+        noise: Tensor | None,
+        scales: Tensor | None,
+        count: Tensor,
+        first: Tensor,
+        drawn: Tensor,
+        sampling: Sampling,
+    ) -> None:
+        """Logits [R, V] -> the sub-token of step number `count` int64 [1] in `drawn` int64 [B, M]; noise [steps,
+        B, V] from step number `first` int64 [1] on, None at temperature 0; `scales` [M] where there is guidance.
+        Not for `top_p`."""
+        assert sampling.top_p >= 1
+        V = logits.shape[1]
+        _choose[len(drawn),](
+            logits, logits if noise is None else noise, logits if scales is None else scales,
+            count, first, drawn, *drawn.shape, sampling.temperature,
+            V=V, TOP_K=sampling.top_k % V, GUIDED=scales is not None, NOISY=noise is not None,
+            BLOCK_V=triton.next_power_of_2(V), num_warps=16,
+        )  # fmt: skip
 
     def _product(
         self,
