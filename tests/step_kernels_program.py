@@ -53,7 +53,7 @@ if __name__ == "__main__":
         patch.object(generator, "_reorders", lambda weight: False),  # weights as they lie on a GPU
         patch.object(FusedStep, "suits", lambda self, rows: True),
         # Several pieces of a row and of the cache.
-        patch.multiple(step_kernels, _INNER=16, _TILE=32),
+        patch.multiple(step_kernels, _INNER=8, _TILE=32),
         patch.object(sampler.Recording, "_record", without_recording),
     ):
         for name in ("separate rows", "qk norm"):

@@ -26,6 +26,7 @@ from qlip_torch.generator import Generator, Packed, Rope
 
 # Rows that one program multiplies: the least that tensor cores take, and the most that registers hold.
 _ROWS = (16, 32, 64)
+# Of the inputs at once; twice as many where rows are few, so that enough bytes are on their way.
 _INNER = 128
 # Elements of keys, and as many of values, that attention takes at once.
 _TILE = 8192
@@ -260,6 +261,6 @@ class FusedStep:
         _product[triton.cdiv(outputs, wide),](
             x, x if norm is None else norm, weight, out, rows, outputs, self.model.config.rms_norm_eps,
             INNER=x.shape[1], NORM=norm is not None, GATE=gate, ADD=add,
-            BLOCK_R=block, BLOCK_O=wide, BLOCK_I=_INNER, num_warps=4, num_stages=4,
+            BLOCK_R=block, BLOCK_O=wide, BLOCK_I=_INNER if block > 16 else 2 * _INNER, num_warps=4, num_stages=4,
         )  # fmt: skip
         return out
