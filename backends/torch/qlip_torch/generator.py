@@ -303,6 +303,12 @@ class Generator(nn.Module):
     def embed_sub_tokens(self, values: Tensor, start: int = 0) -> Tensor:
         """Sub-tokens number `start`, `start` + 1, ... of pictures: int64 [B, Q] -> [B, Q, D]."""
         n = self.config.sub_tokens
+        if values.shape[1] == 1:
+            # As in drawing, where each operation counts: what follows from the number is known here.
+            number = start % n
+            x = self.model.embed_tokens(values + self.config.first_row(number))
+            table = self.sub_token_embedding
+            return x if table is None else x + table.weight[number]
         numbers = torch.arange(start, start + values.shape[1], device=values.device) % n
         stride = self.config.first_row(1) - self.config.first_row(0)
         x = self.model.embed_tokens(values + numbers * stride + self.config.first_row(0))
