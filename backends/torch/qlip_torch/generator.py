@@ -280,6 +280,8 @@ class Generator(nn.Module):
             self.sub_token_embedding = nn.Embedding(config.sub_tokens, width)
         self.lm_head = nn.Linear(width, rows, bias=False)
         self.heads: list[Packed] = []  # of each sub-token number, once fused
+        # Of a whole picture, once trained with: made anew, a GPU would be waited for in each step.
+        self._rope: Rope | None = None
 
     def forward(self, features: Tensor, valid: Tensor, null: Tensor, tokens: Tensor) -> Tensor:
         """Logits of every sub-token given the caption and the sub-tokens before it, for training.
@@ -291,8 +293,10 @@ class Generator(nn.Module):
         x = torch.cat((prefix, self.embed_sub_tokens(tokens[:, :-1])), dim=1)
         x = F.dropout(x, self.config.dropout, self.training)
         order, back = padding_last(valid | null[:, None], x.shape[1])
-        rope = tuple(table[order] for table in self.rope(x.device))
-        states = self.model(_rows(x, order), (rope[0], rope[1]))
+        if self._rope is None or self._rope[0].device != x.device:
+            self._rope = self.rope(x.device)
+        cos, sin = self._rope
+        states = self.model(_rows(x, order), (cos[order], sin[order]))
         return self.image_logits(_rows(states, back[:, self.config.prefix_length - 1 :]))
 
     def embed_prefix(self, features: Tensor, null: Tensor) -> Tensor:
