@@ -201,7 +201,8 @@ def test_compiled_blocks_give_the_same_gradients_and_can_be_looked_into(
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert grads[0].keys() == grads[1].keys()
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6, msg=name)
+        scale = float(grad.abs().max())
+        np.testing.assert_allclose(grads[1][name], grad, atol=1e-5 * scale + 1e-7, err_msg=name)
 
 
 def test_bfloat16_keeps_code_and_losses_in_float32(place: Path) -> None:

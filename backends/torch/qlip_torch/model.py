@@ -78,6 +78,19 @@ class Rotary(nn.Module):
         return turned.flatten(-2).to(x.dtype)
 
 
+def both(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, ...]:
+    """Two linear layers of one input; in compiled training as one product, which reads x once and needs no sum of
+    two gradients of x."""
+    if not (first.training and torch.compiler.is_compiling()):
+        return first(x), second(x)
+    biases = [
+        linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+        for linear in (first, second)
+    ]
+    y = F.linear(x, torch.cat((first.weight, second.weight)), torch.cat(biases))
+    return y.split((first.out_features, second.out_features), dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, [B, T, D] -> [B, T, D]."""
 
@@ -95,9 +108,10 @@ class Attention(nn.Module):
         self.rope = rope
 
     def forward(self, x: Tensor) -> Tensor:
+        # Values apart: attention keeps them, and would keep what stands beside them.
         q, k, v = (
-            project(x).unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            y.unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
+            for y in (*both(x, self.q_proj, self.k_proj), self.v_proj(x))
         )
         if self.rope is not None:
             q, k = self.rope(q), self.rope(k)
@@ -120,7 +134,7 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, y = self.w1(x), self.w2(x)
+        gate, y = both(x, self.w1, self.w2)
         if torch.is_grad_enabled():
             y = F.silu(gate) * y
         else:  # in place: fresh memory for the widest tensors costs as much as the arithmetic
