@@ -64,7 +64,10 @@ class Lamb(Optimizer):
             plain = [i for i, p in enumerate(params) if p.ndim < 2]
             if plain:
                 _descend(
-                    [local(params[i]) for i in plain], [directions[i] for i in plain], group["lr"]
+                    [local(params[i]) for i in plain],
+                    [directions[i] for i in plain],
+                    None,
+                    lr=group["lr"],
                 )
             for p, direction in zip(params, directions):
                 if p.ndim >= 2:
@@ -97,8 +100,7 @@ class Lamb(Optimizer):
         grads = [local(p.grad).float() for p in params if p.grad is not None]
         average = [local(state["exp_avg"]) for state in states]
         square = [local(state["exp_avg_sq"]) for state in states]
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
         steps = [state["step"].item() for state in states]
         torch._foreach_lerp_(average, grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
@@ -127,11 +129,11 @@ class Lamb(Optimizer):
                 norms = _global_norms(norms, *layout)
             weight_norms, direction_norms = norms.chunk(2)
             usable = (weight_norms > 0) & (direction_norms > 0)
-            trust = torch.where(usable, weight_norms / direction_norms, 1.0)
-            torch._foreach_mul_(directions, list(trust.unbind()))
+            trust = torch.where(usable, weight_norms / direction_norms, 1.0).unbind()
             for lr in dict.fromkeys(lr for _, _, lr in members):
                 chosen = [i for i, member in enumerate(members) if member[2] == lr]
-                _descend([weights[i] for i in chosen], [directions[i] for i in chosen], lr)
+                of_rate = ([each[i] for i in chosen] for each in (weights, directions, trust))
+                _descend(*of_rate, lr=lr)
 
 
 def fill_state(optimizer: Optimizer) -> None:
@@ -148,13 +150,17 @@ def fill_state(optimizer: Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
 
 
-def _descend(weights: list[Tensor], directions: list[Tensor], lr: float) -> None:
-    torch._foreach_mul_(directions, -lr)
-    if all(w.dtype == d.dtype for w, d in zip(weights, directions)):
-        torch._foreach_add_(weights, directions)
+def _descend(
+    weights: list[Tensor], directions: list[Tensor], trust: list[Tensor] | None, *, lr: float
+) -> None:
+    """`w -= lr * trust * direction`; None: a ratio of 1."""
+    if any(w.dtype != d.dtype for w, d in zip(weights, directions)):
+        for i, (w, d) in enumerate(zip(weights, directions)):
+            w.copy_(w.float() - lr * (d if trust is None else trust[i] * d))
+    elif trust is None:
+        torch._foreach_add_(weights, directions, alpha=-lr)
     else:
-        for w, d in zip(weights, directions):
-            w.copy_(w.float() + d)
+        torch._foreach_addcmul_(weights, directions, trust, value=-lr)
 
 
 def local(tensor: Tensor) -> Tensor:
