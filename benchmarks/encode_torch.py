@@ -191,6 +191,7 @@ def cuda(batch: int, rounds: int, limit_s: float) -> None:
         ):
             if time.perf_counter() - began > limit_s:
                 return
+            torch.compiler.reset()  # past eight variants of the blocks torch compiles no more
             backend = TorchBackend(compile=compile)
             network = backend.network(config, weights, device="cuda:0", dtype=dtype)
             start = time.perf_counter()

@@ -230,6 +230,7 @@ def cuda(rounds: int, compile: bool, kernels: bool, seconds: float) -> None:
     began = time.perf_counter()
     for size, batches in (("B", (1, 8, 64)), ("L", (1,)), ("XL", (1, 8, 64))):
         config = PRESETS[size]
+        torch.compiler.reset()  # past eight variants of the blocks torch compiles no more
         network = random_on_cuda(config, compile, kernels)
         for batch in batches:
             # Guided: one picture costs two rows.
