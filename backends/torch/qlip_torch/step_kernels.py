@@ -232,8 +232,8 @@ class FusedStep:
         V = logits.shape[1]
         _choose[len(drawn),](
             logits, logits if noise is None else noise, logits if scales is None else scales,
-            count, first, drawn, *drawn.shape, sampling.temperature,
-            V=V, TOP_K=sampling.top_k % V, GUIDED=scales is not None, NOISY=noise is not None,
+            count, first, drawn, *drawn.shape, float(sampling.temperature),
+            V=V, TOP_K=int(sampling.top_k) % V, GUIDED=scales is not None, NOISY=noise is not None,
             BLOCK_V=triton.next_power_of_2(V), num_warps=16,
         )  # fmt: skip
 
