@@ -74,11 +74,12 @@ def accumulated_backward(
     *,
     probe: GradientProbe | None = None,
     syncing: Callable[[bool], AbstractContextManager[None]] = lambda last: nullcontext(),
+    after_each: Callable[[], None] = lambda: None,
 ) -> Accumulated:
     """Add the gradients of the weighted total over all `batches` (of equal size) to `.grad`.
 
     `syncing(last)` is entered around each micro-batch, for an engine that averages gradients over
-    ranks with the last one. `probe` sees the terms unweighted.
+    ranks with the last one. `probe` sees the terms unweighted. `after_each` follows each one's backward.
     """
     if len(batches) == 1:
         with syncing(True):
@@ -89,6 +90,7 @@ def accumulated_backward(
             if probe is not None:
                 probe.watch({name: terms[name] for name in losses.weights})
             _total(terms, losses.weights).backward()
+        after_each()
         return Accumulated(_detached(terms), tuple(f.detach() for f in features))
 
     with torch.no_grad():
@@ -114,6 +116,7 @@ def accumulated_backward(
                 probe.watch(pieces)
             # What is "all" is weighted already.
             _total(pieces, {"all": 1.0, **losses.weights}).backward()
+        after_each()
     return Accumulated({**terms, **sums}, tuple(f.detach() for f in cached))
 
 

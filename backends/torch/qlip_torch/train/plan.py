@@ -195,6 +195,8 @@ def make_plan(
     losses = 3 * 4 * rows * patches * config.code_dim + objectives.ENTROPY_BYTES
     if stage == 1:
         losses += 3 * 4 * min(rows, objectives.CHUNK_ROWS) * settings.batch
+    else:  # what the frozen encoder made of the micro-batches that wait
+        losses += 4 * (rows - micro_batch) * patches * config.vision_config.hidden_size
     return Plan(
         stage=stage,
         parameters=present,
@@ -317,10 +319,10 @@ def activation_bytes(
                 else:
                     network = Stage2Network(model, precision)
                     outputs = network(*network.encode(pixels), True)
-                    made = outputs.pixels_hat.float()
+                    made, real = outputs.made, outputs.real
                     for module in extra:
                         with precision.autocast():
-                            module(made, pixels) if isinstance(module, Lpips) else module(made)
+                            module(made, real) if isinstance(module, Lpips) else module(made)
             kept.append(found.total(engine.activation_checkpointing))
             del outputs
     return kept[1] - kept[0]

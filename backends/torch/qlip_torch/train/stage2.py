@@ -48,7 +48,8 @@ R1_ROWS = 16
 
 
 class Encoded(NamedTuple):
-    """A micro-batch behind the frozen encoder: normalised pixels [B, 3, S, S] and patch features z [B, N, D]."""
+    """A micro-batch behind the frozen encoder: pixels as of `Batch`, which are not on the device, and patch
+    features z [B, N, D]."""
 
     pixels: Tensor
     z: Tensor
@@ -57,8 +58,10 @@ class Encoded(NamedTuple):
 class Forward(NamedTuple):
     u: Tensor
     """Unit latents [B, N, L], before the sign."""
-    pixels_hat: Tensor
-    """[B, 3, S, S]; the pixels themselves where nothing was decoded."""
+    made: Tensor
+    """The reconstruction [B, 3, S, S] in [-1, 1], as the losses that look at pictures take it."""
+    real: Tensor
+    """The pixels likewise. Without a decoder this and all but `u` is 0."""
     mse: Tensor
     commitment: Tensor
 
@@ -77,9 +80,8 @@ class Stage2Network(nn.Module):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Encoded:
         """Pixels as of `Batch`."""
-        pixels = self.normalize(pixels)
         with self.precision.autocast():
-            return Encoded(pixels, self.model.encode(pixels)[1].contiguous())
+            return Encoded(pixels, self.model.encode(self.normalize(pixels))[1].contiguous())
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
@@ -93,13 +95,15 @@ class Stage2Network(nn.Module):
                 u = model.bottleneck_down(lifted(z))
             if not decode:
                 nothing = u.new_zeros(())
-                return Forward(u, pixels, nothing, nothing)
+                return Forward(u, nothing, nothing, nothing, nothing)
+            pixels = self.normalize(pixels)
             z_hat = model.bottleneck_up(model.quantize(u))
             pixels_hat = model.decode(z_hat)
             commitment = (
                 objectives.commitment(z, z_hat) if z_hat.shape == z.shape else u.new_zeros(())
             )
-            return Forward(u, pixels_hat, objectives.mse(pixels_hat, pixels), commitment)
+            made, real = clip_to_signed(pixels_hat), clip_to_signed(pixels)
+            return Forward(u, made, real, objectives.mse(pixels_hat, pixels), commitment)
 
 
 class Adversary:
@@ -184,8 +188,10 @@ class Stage2Losses:
         self.network, self.model, self.world = network, model, world
         self.precision, self.perceptual, self.adversary = precision, perceptual, adversary
         self._gan, self._gan_start = recipe.gan, recipe.discriminator.start
-        self.made: list[tuple[Tensor, Tensor]] = []
-        """Pixels and reconstructions of this step's micro-batches, for the discriminator."""
+        self.heard: Terms = {}
+        """The discriminator's own terms of this step, over its micro-batches."""
+        self._step, self._share = 0, 1.0
+        self._seen: tuple[Tensor, Tensor] | None = None
         self.weights: dict[str, float] = {"mse": recipe.mse, "commitment": recipe.commitment}
         if model.config.quantizes:
             self.weights["bsq"] = recipe.bsq
@@ -194,11 +200,20 @@ class Stage2Losses:
         if recipe.ssim:
             self.weights["ssim"] = recipe.ssim
 
-    def begin(self, step: int) -> None:
+    def begin(self, step: int, micro_batches: int) -> None:
         """Before a step: whether the generator hears the discriminator yet."""
         if self.adversary is not None:
             self.weights["gan"] = self._gan if step >= self._gan_start else 0.0
-        self.made.clear()
+        self._step, self._share, self.heard = step, 1 / micro_batches, {}
+
+    def teach(self) -> None:
+        """After a micro-batch's backward, when nothing more is kept for that: the discriminator learns from what
+        was made. Hence it never waits for the batch, and one micro-batch's pictures are in memory."""
+        if self.adversary is None or self._seen is None:
+            return
+        (real, made), self._seen = self._seen, None
+        for name, term in self.adversary.backward(real, made, self._step, self._share).items():
+            self.heard[name] = self.heard.get(name, 0) + term * self._share
 
     def features(self, inputs: Encoded) -> Features:
         return (self.network(inputs.pixels, inputs.z, False).u,)
@@ -206,16 +221,14 @@ class Stage2Losses:
     def forward(self, inputs: Encoded) -> tuple[Features, Terms]:
         out = self.network(inputs.pixels, inputs.z, True)
         terms = {"mse": out.mse, "commitment": out.commitment}
-        if {"lpips", "gan", "ssim"} & self.weights.keys():
-            made, real = clip_to_signed(out.pixels_hat), clip_to_signed(inputs.pixels)
-            if self.perceptual is not None:
-                with self.precision.autocast():
-                    terms["lpips"] = self.perceptual(made, real)
-            if "ssim" in self.weights:
-                terms["ssim"] = objectives.ssim(made, real)
-            if self.adversary is not None:
-                terms["gan"] = self.adversary.generator_loss(made)
-                self.made.append((real, made.detach()))
+        if self.perceptual is not None:
+            with self.precision.autocast():
+                terms["lpips"] = self.perceptual(out.made, out.real)
+        if "ssim" in self.weights:
+            terms["ssim"] = objectives.ssim(out.made, out.real)
+        if self.adversary is not None:
+            terms["gan"] = self.adversary.generator_loss(out.made)
+            self._seen = out.real, out.made.detach()
         return (out.u,), terms
 
     def of_features(self, features: Features) -> Terms:
@@ -256,17 +269,12 @@ def build_stage2(
     losses = Stage2Losses(wrapped.module, model, recipe, world, precision, perceptual, adversary)
 
     def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:
-        losses.begin(step)
+        losses.begin(step, len(batches))
         encoded = [network.encode(batch.pixels) for batch in batches]
-        found = accumulated_backward(losses, encoded, probe=probe, syncing=wrapped.syncing)
-        terms = dict(found.terms)
-        share = 1 / len(batches)
-        for real, made in losses.made:
-            assert adversary is not None
-            for name, term in adversary.backward(real, made, step, share).items():
-                terms[name] = terms.get(name, 0) + term * share
-        losses.made.clear()
-        return Backward(terms, found.features[0])
+        found = accumulated_backward(
+            losses, encoded, probe=probe, syncing=wrapped.syncing, after_each=losses.teach
+        )
+        return Backward(found.terms | losses.heard, found.features[0])
 
     return Stage(
         number=2,
