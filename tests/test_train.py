@@ -892,6 +892,7 @@ def test_the_papers_recipes_have_the_papers_numbers(name: str) -> None:
         ("stage1={ align=0, learning_rate={ rest=0, encoder=0, decoder=0 } }", "no loss asks for"),
         ("stage1.steps=0", r"stage1\.steps \(=0\) must be at least 1"),
         ("stage1.betas=[0.9]", r"stage1\.betas must have 2 values"),
+        ("stage1.betas=[0.9, 1.5]", r"stage1\.betas \(=\(0\.9, 1\.5\)\) are decays"),
         ("engine.parallel=zero", r"engine\.parallel is 'zero', expected one of ddp, fsdp"),
         ("model.preset=qlip-c", r"model\.preset 'qlip-c': there are"),
         ("model.patch_size=7", r"model\.patch_size \(=7\) must divide"),

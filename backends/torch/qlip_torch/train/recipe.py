@@ -198,6 +198,8 @@ class StepsRecipe:
         at_least(self, 0, "warmup", "weight_decay")
         if self.clip <= 0:
             raise RecipeError(f"clip (={self.clip}) must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise RecipeError(f"betas (={self.betas}) are decays: 0 to below 1")
         if not 0 <= self.ema < 1:
             raise RecipeError(f"ema (={self.ema}) is a decay: 0 (none) to below 1")
         if self.batch % self.micro_batch and self.micro_batch < self.batch:
