@@ -545,6 +545,21 @@ def test_a_dry_run_leaves_a_run_alone_and_gives_its_plan(place: Path, whole_run:
     assert [plan.stage for plan in plans] == [1, 2]
 
 
+def test_a_dry_run_of_stage_2_asks_for_the_stage_1_that_it_goes_on_from(
+    place: Path, whole_run: Path, tmp_path: Path
+) -> None:
+    def told(out: Path, stage: str) -> list[str]:
+        lines: list[str] = []
+        train(recipe_of(place), stage=stage, out=out, dry_run=True, say=lines.append)
+        return [line for line in lines if "weights:" in line]
+
+    of_this_run = "  weights: stage 1 of this run"
+    assert told(tmp_path, "all") == ["  weights: random, seed 3", of_this_run]
+    assert told(whole_run, "2") == [of_this_run]
+    with pytest.raises(RecipeError, match="no finished stage 1 to go on from"):
+        told(tmp_path, "2")
+
+
 def test_a_recipe_keeps_any_text(place: Path, tmp_path: Path) -> None:
     name = 'emoji \U0001f600 "\\ \x7f\n'
     recipe = recipe_of(place, name=name)

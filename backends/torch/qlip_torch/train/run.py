@@ -13,14 +13,14 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlip_core.architecture import PARTS
-from qlip_core.checkpoint import open_checkpoint, save_checkpoint
+from qlip_core.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError, DataError, RecipeError
 from qlip_core.files import write_text
@@ -66,6 +66,7 @@ from qlip_torch.train.throughput import forward_flops
 from qlip_torch.train.validation import validate_emoji, validate_on
 
 STAGES = "stages.txt"
+THIS_RUN = "stage 1 of this run"
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def train(
     stop = StopRequest(recipe.checkpoints.grace_seconds)
     if dry_run:  # has nothing to save: Ctrl-C ends it as it does any program
         with joined(recipe.engine) as world:
-            return Result(out, {}, None, _dry_run(recipe, stages, world, stop, say))
+            return Result(out, {}, None, _dry_run(recipe, stages, out, world, stop, say))
     with ExitStack() as lock:
         with joined(recipe.engine) as world, stop:
             if world.is_first:
@@ -125,6 +126,7 @@ def train(
 def _dry_run(
     recipe: Recipe,
     stages: tuple[int, ...],
+    out: Path,
     world: World,
     stop: StopRequest,
     say: Callable[[str], None],
@@ -133,8 +135,23 @@ def _dry_run(
     with tempfile.TemporaryDirectory(prefix="qlip-dry-run-") as folder:
         write_tokenizer(recipe, Path(folder) / TOKENIZER)
         run = _Run(recipe, Path(folder), world, stop, say, dry=True)
-        run.dry(stages)
+        run.dry(stages, out)
     return run.plans
+
+
+def _stage1_result(recipe: Recipe, out: Path) -> Checkpoint:
+    """What stage 2 goes on from: the stage 1 that the recipe names, or that of the run in `out`. Raises RecipeError
+    where there is none, or one that cannot be trained."""
+    origin = recipe.stage2.start or str(out)
+    found = stage1_model(origin)
+    if not recipe.stage2.start and not (Path(found) / "config.json").is_file():
+        raise RecipeError(
+            f"{out}: has no finished stage 1 to go on from: run --stage 1 first, or name one "
+            "with --set stage2.start=RUN"
+        )
+    source = open_checkpoint(found)
+    check_start(source, origin)
+    return source
 
 
 def _settled(
@@ -231,23 +248,26 @@ class _Run:
         self.world.barrier()
         return model
 
-    def dry(self, stages: tuple[int, ...]) -> None:
+    def dry(self, stages: tuple[int, ...], out: Path) -> None:
         """The plans, as far as the recipe alone tells before anything else, and everything built: weights,
-        engine, optimizer, the first batch."""
+        engine, optimizer, the first batch. `out` is where the run would be."""
         for number in stages:
             if self._known(number):
                 self._plan(number, self.recipe.model.config())
         self._check_sources()
         for number in stages:
-            start = self._planned(number, lambda n=number: self._dry_start(n))
+            start = self._planned(number, lambda n=number: self._dry_start(n, stages, out))
             stage = self._build(number, start)
             with stage_loader(self.recipe, stage.recipe, start, self.world, None) as loader:
                 next(loader)
 
-    def _dry_start(self, number: int) -> Start:
-        if number == 2 and (origin := self.recipe.stage2.start):
-            return start_from(open_checkpoint(stage1_model(origin)), origin)
-        return first_start(self.recipe, self.out / TOKENIZER)
+    def _dry_start(self, number: int, stages: tuple[int, ...], out: Path) -> Start:
+        named = self.recipe.stage2.start
+        if number == 2 and (named or 1 not in stages):
+            return start_from(_stage1_result(self.recipe, out), named or THIS_RUN)
+        start = first_start(self.recipe, self.out / TOKENIZER)
+        # Its sizes are those of what stage 1 would leave.
+        return start if number == 1 else replace(start, origin=(THIS_RUN,))
 
     def report(self, models: dict[int, Path]) -> Path | None:
         """Look at the models and write report.md; on the first rank."""
@@ -348,15 +368,7 @@ class _Run:
             return first_start(self.recipe, self.out / TOKENIZER)
         kept = folder / "start"
         if self.world.is_first and not (kept / "config.json").is_file():
-            origin = self.recipe.stage2.start or str(self.out)
-            found = stage1_model(origin)
-            if not self.recipe.stage2.start and not (Path(found) / "config.json").is_file():
-                raise RecipeError(
-                    f"{self.out}: has no finished stage 1 to go on from: run --stage 1 first, or name one "
-                    "with --set stage2.start=RUN"
-                )
-            source = open_checkpoint(found)
-            check_start(source, origin)
+            source = _stage1_result(self.recipe, self.out)
             folder.mkdir(parents=True, exist_ok=True)
             card = f"---\nlicense: {source.license}\n---\n" if source.license else None
             save_checkpoint(
@@ -368,7 +380,7 @@ class _Run:
                 card=card,
             )
         self.world.barrier()
-        return start_from(open_checkpoint(kept), self.recipe.stage2.start or "stage 1 of this run")
+        return start_from(open_checkpoint(kept), self.recipe.stage2.start or THIS_RUN)
 
     def _build(self, number: int, start: Start) -> Stage:
         recipe, world = self.recipe, self.world
