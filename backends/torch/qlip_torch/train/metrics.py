@@ -70,7 +70,7 @@ class Metrics:
         before = read_metrics(self.folder)
         self._seconds = before[-1]["seconds"] if before else 0.0
         self._file = (self.folder / METRICS).open("a", encoding="utf-8")
-        self._board = _tensorboard(self.folder)
+        self._board = _tensorboard(self.folder, start)
         self._terminal = sys.stderr.isatty()
         self._shown = -math.inf
         self._step, self._time = start, time.perf_counter()
@@ -261,9 +261,10 @@ def _flat(values: dict[str, Any], where: str = "") -> Iterator[tuple[str, float]
             yield f"{where}{name}", value
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, start: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    # What was told of later steps than the run goes on from is hidden, as `_forget_after` drops it.
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
