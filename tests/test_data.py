@@ -5,6 +5,7 @@ import gzip
 import http.server
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -1056,6 +1057,21 @@ def test_a_workers_error_arrives_with_its_name(tmp_path, sets):
             next(loader)
     with pytest.raises(DataError, match="closed"):
         next(loader)
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
+    """By a system that is out of memory, say."""
+    location = make_folder(tmp_path / "f", 8)
+    message = r"^a data process has died \(DataLoader worker \(pid.*fewer data\.workers"
+    with (
+        pytest.raises(DataError, match=message),
+        loader_for(DataConfig((Source(location),), workers=1)) as loader,
+    ):
+        next(loader)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        for _ in range(100):
+            next(loader)
 
 
 def test_too_little_shared_memory_is_said_before_it_kills(monkeypatch):

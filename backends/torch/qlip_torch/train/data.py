@@ -201,6 +201,12 @@ class Loader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        # torch raises it when the system tells that a child is gone, wherever the trainer is at that moment.
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+            raise DataError(
+                f"a data process has died ({str(error).strip()}) Where memory ran out: fewer data.workers, or a "
+                "smaller data.prefetch; then go on with --resume"
+            ) from None
 
 
 def make_loader(
