@@ -94,7 +94,7 @@ def _not_an_image(file: io.IOBase) -> str:
     start = file.read(12)
     if not start:
         return "empty file"
-    if start[4:8] == b"ftyp":
+    if start[4:8] == b"ftyp" and start[8:12] not in (b"avif", b"avis"):
         return "HEIC or a video, which Pillow does not read; convert it to JPEG or PNG first"
     return "not an image"
 

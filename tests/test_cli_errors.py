@@ -58,6 +58,7 @@ def test_bad_images_each_with_its_own_line(cli: Qlip) -> None:
         "bomb.png": (bomb(), "bomb.png: over 178,956,970 pixels, too many to decode safely"),
         "empty.png": (b"", "empty.png: empty file"),
         "phone.heic": (b"\0\0\0\x18ftypheic" + bytes(99), "phone.heic: HEIC or a video"),
+        "cut.avif": (b"\0\0\0\x18ftypavif" + bytes(99), "cut.avif: not an image"),
     }
     for name, (content, message) in bad.items():
         Path(name).write_bytes(content)
