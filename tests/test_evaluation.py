@@ -342,6 +342,8 @@ def test_zero_shot_is_classify(model: qlip.Model) -> None:
         evaluate_zero_shot(model, ExampleList.of_images(pictures(1)), ["red", "green"])
     with pytest.raises(DataError, match="2 or more"):
         evaluate_zero_shot(model, examples, ["red"])
+    with pytest.raises(DataError, match="class 'red' is named more than once"):
+        evaluate_zero_shot(model, examples, ["red", "green", "red"])
 
 
 def test_retrieval_is_brute_force(model: qlip.Model) -> None:
