@@ -577,7 +577,7 @@ def test_what_a_user_did_wrong(cli: Qlip, tars: str) -> None:
         (["absent.tar", "-o", "out"], "absent.tar: no such file or folder"),
         ([tars, "-o", "file"], "file: exists and is not a folder"),
         (["file.PNG", "-o", "out"], "file.PNG: is an image: name the folder of the images"),
-        ([tars, "-o", "cut"], "delete it and run the same command again"),
+        ([tars, "-o", "cut"], "to make it anew, delete it and run the same command again"),
         ([tars, "-o", "absent/out"], "absent does not exist"),
         ([tars], "missing option"),
         ([tars, "-o", "o", "--augmentation", "crop"], "must be one of none, flip"),
