@@ -973,11 +973,11 @@ def test_wrong_requests_are_refused(sets):
         Source("emoji", -1)
     for location, message in (
         ("emoji?colour=red", "unknown option 'colour'"),
-        ("emoji?seed=x", "'x' is no value for seed"),
+        ("emoji?seed=x", "'x' is not a value for seed"),
         ("emoji?split=all", "split must be one of"),
         ("emoji?seed", "key=value"),
-        ("emoji?names=rare", "'rare' is no value for names"),
-        ("emoji?wording=long", "'long' is no value for wording"),
+        ("emoji?names=rare", "'rare' is not a value for names"),
+        ("emoji?wording=long", "'long' is not a value for wording"),
         ("/nowhere/at/all", "no such file or folder"),
     ):
         with pytest.raises(DataError, match=message):

@@ -203,7 +203,7 @@ def print_report(document: dict[str, Any]) -> None:
             ("qlip", document["packages"]["qlip"] or "not installed as a package"),
             ("python", f"{document['python']} on {document['platform']}"),
             ("packages", packages + hub),
-            ("own model", document["bundled_model"] or "none ships with this build: use --model"),
+            ("own model", document["bundled_model"] or "this build has none: use --model"),
             ("auto picks", document["auto"]),
         ]
     )

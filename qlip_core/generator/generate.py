@@ -96,7 +96,7 @@ class TokenDrawer:
     def draw(
         self, request: Request, batch_size: int, progress: Progress | None = None
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first picture, bits uint8 [b, N, L]) batch by batch; `progress` hears of sub-tokens."""
+        """Yield (first picture, bits uint8 [b, N, L]) batch by batch; `progress` is called as sub-tokens are drawn."""
         self._warn_of_cuts(request.prompts)
         for start in range(0, len(request), batch_size):
             stop = min(start + batch_size, len(request))

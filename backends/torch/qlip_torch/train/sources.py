@@ -57,7 +57,7 @@ class EmojiSource:
             try:
                 options[key] = readers[key](value)
             except (ValueError, KeyError):
-                raise DataError(f"{location}: {value!r} is no value for {key}") from None
+                raise DataError(f"{location}: {value!r} is not a value for {key}") from None
         if options.get("split", "train") not in get_args(Split):
             raise DataError(f"{location}: split must be one of {', '.join(get_args(Split))}")
         return cls(location, options)
