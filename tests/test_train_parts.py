@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from qlip_core.data.vocabulary import train_bpe
 from qlip_core.errors import CheckpointError, RecipeError
 from qlip_core.preprocessing import CLIP_MEAN, Preprocessing
 from qlip_torch.model import QLIP
+from qlip_torch.perceptual import clip_to_signed
 from qlip_torch.train.assemble import write_tokenizer
 from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.distributed import World
@@ -28,7 +30,7 @@ from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
 from qlip_torch.train.stage import NonFiniteError, Stage, StepReport
 from qlip_torch.train.stage1 import build_stage1
-from qlip_torch.train.stage2 import PARTS, build_stage2
+from qlip_torch.train.stage2 import PARTS, Adversary, build_stage2
 
 ALONE = World(0, 1, torch.device("cpu"))
 IDS = {"pad_token_id": 529, "bos_token_id": 528, "eos_token_id": 529}
@@ -165,6 +167,44 @@ def test_the_discriminator_follows_the_schedule_and_stops_at_nan(tmp_path: Path)
         stage.step([batch_of(4)], 6)
     after = [p for m in (module, stage.model) for p in m.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+def test_one_micro_batch_of_pictures_is_kept_for_the_discriminator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gan = {"base_channels": 256, "learning_rate": 1e-3}
+    recipe = recipe_of(tmp_path, stage2__gan=0.1, stage2__discriminator=gan)
+    stage = stage_of(recipe, 2)
+    adversary = stage.companion
+    assert isinstance(adversary, Adversary)
+    hear, learn = adversary.generator_loss, adversary.backward
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def heard(made: torch.Tensor) -> torch.Tensor:
+        assert all(pictures() is None for pictures in seen)
+        return hear(made)
+
+    def learnt(real: torch.Tensor, made: torch.Tensor, step: int, share: float) -> dict[str, Any]:
+        assert not made.requires_grad and share == 1 / 3
+        seen.extend((weakref.ref(real), weakref.ref(made)))
+        return learn(real, made, step, share)
+
+    monkeypatch.setattr(adversary, "generator_loss", heard)
+    monkeypatch.setattr(adversary, "backward", learnt)
+    batch = batch_of(6)
+    parts = [Batch(batch.pixels[i : i + 2], batch.ids[i : i + 2], []) for i in (0, 2, 4)]
+    stage.backward(parts, 0, None)
+    assert len(seen) == 6
+    monkeypatch.undo()
+    found = [p.grad for p in adversary.module.parameters() if p.grad is not None]
+    adversary.optimizer.zero_grad()
+    for part in parts:
+        real = clip_to_signed(part.pixels)
+        adversary.backward(real, clip_to_signed(stage.reconstruct(part.pixels)), 0, 1 / 3)
+    expected = [p.grad for p in adversary.module.parameters() if p.grad is not None]
+    assert found and len(found) == len(expected)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 # -- recipes -----------------------------------------------------------------------------------
