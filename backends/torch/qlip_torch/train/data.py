@@ -204,8 +204,8 @@ class Loader:
         # torch raises it when the system tells that a child is gone, wherever the trainer is at that moment.
         if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
             raise DataError(
-                f"a data process has died ({str(error).strip()}) Where memory ran out: fewer data.workers, or a "
-                "smaller data.prefetch; then go on with --resume"
+                f"a data process has died ({str(error).strip(' .')}). If memory ran out, take fewer data.workers "
+                "or a smaller data.prefetch, and go on with --resume"
             ) from None
 
 
