@@ -14,7 +14,7 @@ from configurations import random_weights
 from PIL import Image
 
 import qlip_core as qlip
-from qlip_cli.generate import check_sheet, picture_names, sheet_of
+from qlip_cli.generate import check_sheet, picture_names, sheet_of, token_path
 from qlip_cli.inputs import read_lines
 from qlip_cli.outputs import save_picture
 from qlip_cli.provenance import text_chunks
@@ -168,6 +168,8 @@ def test_a_sheet_and_tokens_beside_and_in_a_folder(cli: Qlip) -> None:
     assert pixels("v1.2/a-cat-0.png").shape == (64, 130, 3)
     assert cli("generate", "b", "c", "-o", "v1.2", "--save-tokens").code == 0
     assert Path("v1.2.qlip").is_file()
+    with pytest.raises(qlip.QlipError, match="has no place beside it"):
+        token_path(Path("/"), False)
     jpeg = cli("generate", "a cat", "-o", "x.jpg")
     assert jpeg.code == 0 and "only a PNG keeps the prompt" in jpeg.err
     assert "x.jpg: not a PNG" in cli("info", "x.jpg", plain=True).err

@@ -210,7 +210,8 @@ def token_path(target: Path, force: bool) -> Path:
     target = target.resolve() if not target.name or target.name == ".." else target
     if not target.name:
         raise QlipError(
-            f"{target}: nothing lies beside it, where the tokens go; name a folder in it"
+            f"{target}: tokens go beside the pictures' folder, and this one has no place beside it; name "
+            "another with -o"
         )
     stem = target.stem if target.suffix.lower() in PICTURES else target.name
     return output_file(target.with_name(f"{stem}.qlip"), "", force=force)
