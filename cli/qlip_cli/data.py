@@ -93,7 +93,8 @@ def check(
 ) -> None:
     """Read a set as training would, and say what is in it.
 
-    Reports counts, sizes, caption lengths and what is broken. The exit status is 1 if anything is broken, or there is no sample.
+    Reports counts, sizes, caption lengths and what is broken. The exit status is 1 if anything is broken, or
+    there is no sample.
     """
     from qlip_core.data.check import check as check_set
 

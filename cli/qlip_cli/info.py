@@ -59,8 +59,8 @@ def info(
 ) -> None:
     """Describe a model, a token file or how a picture was drawn.
 
-    Also a generator, or a folder of token shards. Without an argument, the model that comes with qlip. No weights are loaded unless --backend or
-    --dtype ask how the model runs.
+    Also a generator, or a folder of token shards. Without an argument, the model that comes with qlip. No
+    weights are loaded unless --backend or --dtype ask how the model runs.
     """
     from qlip_core.errors import QlipError
 
