@@ -189,7 +189,11 @@ class Loader:
 
     def close(self) -> None:
         """Stop the workers. Safe to call twice."""
-        self._items, self._closed = None, True
+        items, self._items, self._closed = self._items, None, True
+        if items is not None and self._loader.num_workers:
+            # Letting go of it is not enough: the traceback of an error in it holds it until the trainer's own end,
+            # which would then wait for workers that no longer hear of it.
+            items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Loader:
         return self
