@@ -69,6 +69,10 @@ def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> 
     above it may be absent, too."""
     from qlip_core.errors import QlipError
 
+    if str(folder) == "-":
+        raise QlipError(
+            f"-: results are not written to standard output; name a folder with {option}"
+        )
     if folder.exists() and not folder.is_dir():
         raise QlipError(f"{folder}: exists and is not a folder; name another with {option}")
     there = folder if folder.is_dir() else folder.parent
