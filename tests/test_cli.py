@@ -149,6 +149,8 @@ def test_several_token_files_and_other_formats(cli: Qlip, model: qlip.Model) -> 
     decoded = np.asarray(Image.open("b.webp").convert("RGB"))
     np.testing.assert_array_equal(decoded, model.decode(model.encode("a.png"))[0])
     assert cli("decode", "a.qlip", "-o", "c").out.startswith("c.png: ")
+    # A slash at the end is a folder, though there is none yet.
+    assert cli("decode", "a.qlip", "-o", "d/", "--json").json["files"] == [str(Path("d", "a.png"))]
     # Into a folder that is there: beside what it holds.
     assert cli("decode", "a.qlip", "-o", "photos", "--json").json["files"] == ["photos/a.png"]
 

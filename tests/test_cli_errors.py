@@ -247,6 +247,8 @@ def test_places_that_cannot_be_written_to(cli: Qlip, monkeypatch: pytest.MonkeyP
     Path("file").write_text("")
     assert "file is not a folder" in cli("encode", "good.png", "-o", "file/x.qlip").error
     assert "nowhere does not exist" in cli("encode", "good.png", "-o", "nowhere/x.qlip").error
+    for command in ("encode", "reconstruct"):  # not a file that is called like the folder
+        assert "nowhere does not exist" in cli(command, "good.png", "-o", "nowhere/").error
     assert "file: exists and is not a folder" in cli("decode", "tokens.qlip", "-o", "file").error
     assert "not written to standard output" in cli("decode", "tokens.qlip", "-o", "-").error
     assert "written as one of .png" in cli("reconstruct", "good.png", "-o", "x.txt").error

@@ -170,6 +170,8 @@ def test_a_sheet_and_tokens_beside_and_in_a_folder(cli: Qlip) -> None:
     assert Path("v1.2.qlip").is_file()
     with pytest.raises(qlip.QlipError, match="has no place beside it"):
         token_path(Path("/"), False)
+    assert cli("generate", "a cat", "-o", "new/").code == 0
+    assert Path("new/a-cat-0.png").is_file() and not Path("new.png").exists()
     jpeg = cli("generate", "a cat", "-o", "x.jpg")
     assert jpeg.code == 0 and "only a PNG keeps the prompt" in jpeg.err
     assert "x.jpg: not a PNG" in cli("info", "x.jpg", plain=True).err

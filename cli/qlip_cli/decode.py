@@ -17,6 +17,7 @@ from qlip_cli.outputs import (
     PICTURES,
     PictureFolder,
     decode_into,
+    is_folder,
     picture_file,
     safe_names,
     save_picture,
@@ -36,7 +37,7 @@ def decode(
         typer.Argument(metavar="TOKENS", hidden=True),
     ],
     output: Annotated[
-        Path | None,
+        str | None,
         options.output(
             "Picture for one image, folder for several (default: TOKENS-decoded.png, or TOKENS-decoded)."
         ),
@@ -65,9 +66,10 @@ def decode(
     count = sum(len(part) for _, part in files)
     several = count > 1 or bool(failed)  # what was asked for, whatever is left of it
     stem = "decoded" if len(files) + len(failed) > 1 else f"{files[0][0].stem}-decoded"
-    out = Path(stem if several else f"{stem}.png") if output is None else output
+    given = (stem if several else f"{stem}.png") if output is None else output
+    out = Path(given)
     named = out.suffix.lower() in PICTURES
-    single = count == 1 and (named or not several) and not out.is_dir()
+    single = count == 1 and (named or not several) and not is_folder(given)
     picture = picture_file(out, [path for path, _ in files], force=force) if single else None
     folder = None if single else PictureFolder(out, safe_names(wishes(files)), force=force)
 

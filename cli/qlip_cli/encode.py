@@ -18,7 +18,7 @@ from qlip_cli.terminal import count_text, print_json, print_line, progress, size
 def encode(
     images: options.Images,
     output: Annotated[
-        Path | None,
+        str | None,
         options.output(
             "Token file (default: IMAGE.qlip, FOLDER.qlip, or tokens.qlip for several)."
         ),

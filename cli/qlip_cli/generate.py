@@ -20,6 +20,7 @@ from qlip_cli.outputs import (
     PICTURES,
     PictureFolder,
     decode_into,
+    is_folder,
     output_file,
     picture_file,
     save_picture,
@@ -44,7 +45,7 @@ def generate(
         typer.Argument(metavar="PROMPT", hidden=True, show_default=False),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         options.output(
             "Picture for one image, folder for several (default: PROMPT-SEED.png, or generated)."
         ),
@@ -93,10 +94,12 @@ def generate(
         names_text(all_prompts)  # what cannot be saved is said before any work
     names = picture_names(all_prompts, seed)
     sheet_name = f"{slug(wanted[0]) if len(wanted) == 1 else 'sheet'}-{seed}.png"
-    out = output or Path(names[0] if count == 1 else sheet_name if grid else "generated")
-    if grid and count > 1 and out.is_dir():
-        out = out / sheet_name
-    single = (count == 1 or grid) and not out.is_dir()
+    default = names[0] if count == 1 else sheet_name if grid else "generated"
+    given = default if output is None else output
+    if grid and count > 1 and is_folder(given):
+        given = f"{given}/{sheet_name}"
+    out = Path(given)
+    single = (count == 1 or grid) and not is_folder(given)
     picture = picture_file(out, [], force=force) if single else None
     if picture is not None and picture.suffix.lower() != ".png":
         note(f"{picture}: only a PNG keeps the prompt, seed and settings")
@@ -178,7 +181,7 @@ def picture_names(prompts: list[str], seed: int) -> list[str]:
     return out
 
 
-def check_count(count: int, output: Path | None, grid: bool) -> None:
+def check_count(count: int, output: str | None, grid: bool) -> None:
     """Raises GenerationError for more pictures than one command draws, or several into one picture's name."""
     from qlip_core.errors import GenerationError
 
@@ -187,9 +190,9 @@ def check_count(count: int, output: Path | None, grid: bool) -> None:
             f"{count:,} pictures: one command draws at most {MOST:,}; draw them in parts, each with a seed "
             "of its own"
         )
-    if output is None or count == 1 or grid or output.is_dir():
+    if output is None or count == 1 or grid or is_folder(output):
         return
-    if output.suffix.lower() in PICTURES:
+    if Path(output).suffix.lower() in PICTURES:
         raise GenerationError(
             f"{output}: is the name of one picture, and these are {count}: name a folder, or add --grid "
             "for one sheet"

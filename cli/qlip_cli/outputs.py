@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import tempfile
 import uuid
@@ -21,8 +22,14 @@ if TYPE_CHECKING:
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
+def is_folder(output: str | Path) -> bool:
+    """Whether an output as it was given names a folder: one that is there, or, by a slash at its end, which
+    pathlib drops, one that may not be."""
+    return str(output).endswith(("/", os.sep)) or Path(output).is_dir()
+
+
 def output_file(
-    out: Path | None,
+    out: str | Path | None,
     default: str,
     *,
     force: bool,
@@ -30,14 +37,14 @@ def output_file(
     option: str = "-o",
     made: Path | None = None,
 ) -> Path:
-    """The file to write: `out`, or `default` in it if it is a folder, or here. `option` names it, and `made`
+    """The file to write: `out`, or `default` in it if it names a folder, or here. `option` names it, and `made`
     is a folder, checked already, that will be there by then.
 
     Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or no
     regular file, or lies in a folder that is absent or cannot be written to. A link stands for what it
     leads to.
     """
-    path = Path(default) if out is None else out / default if out.is_dir() else out
+    path = Path(default) if out is None else Path(out, default) if is_folder(out) else Path(out)
     check_free(path, force=force, inputs=inputs, option=option)
     if made is None or path.parent != made:
         check_writable((path.resolve() if path.is_symlink() else path).parent, path, option)

@@ -10,7 +10,7 @@ import typer
 from qlip_cli import options
 from qlip_cli.inputs import Failures, collect_images
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import picture_file, save_picture
+from qlip_cli.outputs import is_folder, picture_file, save_picture
 from qlip_cli.terminal import (
     note,
     print_json,
@@ -36,7 +36,7 @@ _NARROW = 300  # a picture below this has its labels on two lines
 def reconstruct(
     images: options.Images,
     output: Annotated[
-        Path | None,
+        str | None,
         options.output("Picture (default: IMAGE-reconstructed.png, or reconstructed.png)."),
     ] = None,
     model: ModelName = None,
@@ -61,8 +61,9 @@ def reconstruct(
     name = (
         f"{Path(files[0].path).stem}-reconstructed.png" if len(files) == 1 else "reconstructed.png"
     )
-    out = Path(name) if output is None else output
-    out = out / name if out.is_dir() else out
+    out = (
+        Path(name) if output is None else Path(output, name) if is_folder(output) else Path(output)
+    )
     path = picture_file(out, [f.path for f in files], force=force)
     network = options.load_model(model, revision, backend, device, dtype)
 
