@@ -29,6 +29,7 @@ from qlip_core.generator.architecture import init_weights
 from qlip_core.generator.checkpoint import open_generator
 from qlip_core.generator.conditioning import encode_prompts
 from qlip_core.text import Tokenizer
+from qlip_torch.backend import TorchNetwork
 from qlip_torch.generator import Generator
 from qlip_torch.train.distributed import World
 from qlip_torch.train.export import export
@@ -278,6 +279,23 @@ def test_shards_and_images_give_the_same_tokens(place: Path) -> None:
     both = [dict(zip(r.captions, r.tokens.tolist())) for r in (from_shards, from_images)]
     assert both[0] == both[1] and len(both[0]) == 16
     assert from_shards.places.tolist() == from_images.places.tolist() == list(range(16))
+
+
+def test_only_the_steps_take_products_in_tf32(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, set[str]] = {"step": set(), "encode": set()}
+    for name, owner in (("step", GeneratorStage), ("encode", TorchNetwork)):
+        real = getattr(owner, name)
+
+        def noting(*args: Any, name: str = name, real: Any = real, **options: Any) -> Any:
+            found[name].add(torch.get_float32_matmul_precision())
+            return real(*args, **options)
+
+        monkeypatch.setattr(owner, name, noting)
+    run(recipe_of(place, *images_of(place), "engine.tf32=true"), tmp_path / "run", steps=2)
+    assert found == {"step": {"high"}, "encode": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("kind", ["tokens", "images"])

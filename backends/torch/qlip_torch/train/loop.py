@@ -104,6 +104,8 @@ def metrics_of(
     world = stage.world
     if not world.is_first:
         return None
+    with stage.precision.products():
+        speed = Speed.measure(flops, world.device, stage.precision.dtype, world.size)
     return Metrics(
         folder,
         every,
@@ -112,7 +114,7 @@ def metrics_of(
         start=start,
         batch=stage.recipe.batch,
         code_dim=code_dim,
-        speed=Speed.measure(flops, world.device, stage.precision.dtype, world.size),
+        speed=speed,
         device=world.device,
     )
 
@@ -130,7 +132,8 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         began = time.perf_counter()
         batches = [next(parts.loader) for _ in range(micro_batches)]
         waited = time.perf_counter() - began
-        report = stage.step(batches, step, probe=bool(every) and step % every == 0)
+        with stage.precision.products():
+            report = stage.step(batches, step, probe=bool(every) and step % every == 0)
         done = step + 1
         pictures = bool(parts.pictures) and (done % parts.pictures == 0 or done == until)
         if parts.metrics is not None:

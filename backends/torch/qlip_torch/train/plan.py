@@ -123,7 +123,9 @@ def planned_on(
     if not world.is_first:
         return None
     devices, told = planned_for(meant_for, steps, world.size) if dry else (world.size, [])
-    return devices, told, matmul_rate(world.device, Precision.of(engine, world.device).dtype)
+    precision = Precision.of(engine, world.device)
+    with precision.products():
+        return devices, told, matmul_rate(world.device, precision.dtype)
 
 
 def state_bytes(engine: EngineRecipe, present: int, trained: int, ema: float, devices: int) -> int:

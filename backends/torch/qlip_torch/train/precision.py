@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,15 +16,18 @@ if TYPE_CHECKING:  # LPIPS is measured without a recipe
 
 @dataclass(frozen=True)
 class Precision:
-    """Whether products are taken in bfloat16 (`half`), and on which device."""
+    """Whether a step takes products in bfloat16 (`half`), on which device, and those that stay float32 in
+    TensorFloat-32 (`tf32`)."""
 
     half: bool
     device: torch.device
+    tf32: bool = False
 
     @classmethod
     def of(cls, engine: EngineRecipe, device: torch.device) -> Precision:
         half = engine.precision == "bfloat16"
-        return cls(half or (engine.precision == "auto" and device.type == "cuda"), device)
+        half = half or (engine.precision == "auto" and device.type == "cuda")
+        return cls(half, device, engine.tf32)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -31,6 +35,17 @@ class Precision:
 
     def autocast(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Float32 products as a step takes them. The switch is the whole process's, and what a run does between
+        steps stays exact: a frozen tokenizer's tokens are those of `qlip tokenize`."""
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:

@@ -368,6 +368,7 @@ class EngineRecipe:
     compile: bool = False
     activation_checkpointing: bool = False
     tf32: bool = False
+    """TensorFloat-32 in the float32 matrix products of a step on CUDA; cuDNN's convolutions always use it."""
 
     def __post_init__(self) -> None:
         if self.cpu_offload and self.parallel != "fsdp":

@@ -227,7 +227,6 @@ class _Run:
         self.recipe, self.out, self.world, self.stop, self._say = recipe, out, world, stop, say
         self.plans: list[Plan] = []
         torch.manual_seed(recipe.seed)
-        torch.set_float32_matmul_precision("high" if recipe.engine.tf32 else "highest")
 
     def stage(self, number: int) -> Path:
         """Run a stage to its end, from its newest checkpoint if there is one; its exported model."""

@@ -114,7 +114,6 @@ class _Run:
         say: Callable[[str], None],
     ) -> None:
         self.recipe, self.out, self.world, self.stop, self._say = recipe, out, world, stop, say
-        torch.set_float32_matmul_precision("high" if recipe.engine.tf32 else "highest")
         self.tokenizer = load_tokenizer(recipe, world)
         checkpoint = self.tokenizer.checkpoint
         self.config = recipe.model.config().fitted(
@@ -195,7 +194,9 @@ class _Run:
 
     def _feed(self, stage: GeneratorStage, data: dict[str, Any] | None) -> Prepared:
         feed = make_feed(self.recipe, self.config, self.tokenizer, self.world, data)
-        return Prepared(feed, stage.inputs, ahead=self.world.device.type == "cuda")
+        # In a thread beside a step its TensorFloat-32 would reach the tokenizer (`Precision.products`).
+        ahead = self.world.device.type == "cuda" and not self.recipe.engine.tf32
+        return Prepared(feed, stage.inputs, ahead=ahead)
 
     def _plan(self, dry: bool = False) -> GeneratorPlan | None:
         recipe, world = self.recipe, self.world
