@@ -1046,12 +1046,24 @@ def test_a_plan_tells_of_a_warm_up_that_leaves_no_steps(place: Path) -> None:
 
 
 def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
-    place: Path, tmp_path: Path
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert balance(recipe_of(place), out=tmp_path, dry_run=True) is None
     assert not list(tmp_path.iterdir())
-    found = balance(recipe_of(place), out=tmp_path, steps=4)
+    # Half a tokenizer is not tried on pictures.
+    monkeypatch.setattr("qlip_torch.train.run.validate_on", None)
+    recipe = recipe_of(place, log__held_out=str(place / "data"))
+    found = balance(recipe, out=tmp_path, steps=4)
     assert found is not None
+    told = capsys.readouterr().err
+    for name in ("reconstruction", "alignment"):
+        assert f"{name} alone: stage 1: " in told
+        assert (
+            (tmp_path / f"probe-{name}/report.md").read_text().startswith(f"# test, {name} alone")
+        )
     mse = curve(tmp_path / "probe-reconstruction")[-1][1]["mse"]
     align = curve(tmp_path / "probe-alignment")[-1][1]["align"]
     assert found.mse == mse and found.align == align

@@ -7,7 +7,7 @@ post hoc: train once with each objective alone, then `a_r / a_a = L_align(inf) /
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qlip_core.errors import RecipeError
@@ -15,12 +15,14 @@ from qlip_core.files import write_text
 from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.recipe import Recipe
 from qlip_torch.train.run import train
+from qlip_torch.train.run_folder import to_stderr
 
 BALANCED = "balanced.toml"
 PROBES = {
     "reconstruction": ("stage1.align=0.0",),
     "alignment": ("stage1.mse=0.0", "stage1.commitment=0.0", "stage1.bsq=0.0"),
 }
+_ABOUT = "A probe of `qlip train balance`: what this objective reaches by itself."
 # The end value is the mean over the last tenth of the curve.
 _TAIL = 0.1
 
@@ -61,14 +63,20 @@ def balance(
         if getattr(recipe.stage1, name) <= 0:
             raise RecipeError(f"stage1.{name} is 0: there is nothing to balance")
     for name, changes in PROBES.items():
-        folder = out / f"probe-{name}"
+        probe = replace(recipe, name=f"{recipe.name}, {name} alone", description=_ABOUT)
+
+        def say(line: str, name: str = name) -> None:
+            to_stderr(f"{name} alone: {line.strip()}")
+
         train(
-            recipe.changed(changes),
+            probe.changed(changes),
             stage="1",
-            out=folder,
+            out=out / f"probe-{name}",
             steps=steps,
             resume=resume,
             dry_run=dry_run,
+            measure=False,
+            say=say,
         )
     if dry_run:
         return None

@@ -88,6 +88,7 @@ def train(
     resume: bool = False,
     steps: int | None = None,
     dry_run: bool = False,
+    measure: bool = True,
     say: Callable[[str], None] = to_stderr,
 ) -> Result:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
@@ -95,7 +96,8 @@ def train(
     stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from
     the newest checkpoint in `out` (from the beginning where there is none yet); the recipe may then be
     None, for the one in `out`. steps: replaces the number of steps of each stage that is run. dry_run:
-    make the plan and build everything, without a step and without touching `out`. say: takes the plan
+    make the plan and build everything, without a step and without touching `out`. measure: whether what was
+    trained is tried on held-out pictures at the end. say: takes the plan
     and what was found, a line at a time, on the first rank.
 
     Raises RecipeError for what cannot be run, NonFiniteError when a loss stops being finite,
@@ -119,7 +121,7 @@ def train(
             run = _Run(recipe, out, world, stop, say)
             models = {number: run.stage(number) for number in stages}
         # The other ranks are done, and would wait for this one no longer than for any step.
-        report = run.report(models)
+        report = run.report(models, measure)
     return Result(out, models, report, run.plans)
 
 
@@ -268,14 +270,15 @@ class _Run:
         # Its sizes are those of what stage 1 would leave.
         return start if number == 1 else replace(start, origin=(THIS_RUN,))
 
-    def report(self, models: dict[int, Path]) -> Path | None:
-        """Look at the models and write report.md; on the first rank."""
+    def report(self, models: dict[int, Path], measure: bool) -> Path | None:
+        """Write report.md, with what the models do on held-out pictures if they are to be measured; on the first
+        rank."""
         if not self.world.is_first:
             return None
         found: dict[int, list[str]] = {}
         log, device = self.recipe.log, self.world.device
         emoji = any(is_emoji(source.location) for source in self.recipe.data.sources)
-        for number, model in models.items():
+        for number, model in models.items() if measure else ():
             lines = validate_emoji(model, device) if emoji else []
             if log.held_out:
                 try:
