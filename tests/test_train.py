@@ -997,8 +997,8 @@ def test_a_dry_run_plans_for_the_devices_that_the_recipe_is_meant_for(
     # A batch that does not divide over them: as for a run here.
     assert (two.devices, two.micro_batches, two.micro_batch) == (1, 1, 18)
     [told] = [line for line in lines if "this is the plan for the 4 devices" in line]
-    assert "built for the 1 here" in told and any(
-        "meant for 4 device(s), this is 1" in line for line in lines
+    assert "built now is for 1 device" in told and any(
+        "meant for 4 devices: on 1 the mathematics" in line for line in lines
     )
 
 

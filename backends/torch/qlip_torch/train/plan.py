@@ -69,6 +69,15 @@ class Cost:
     def bytes(self) -> int:
         return self.state_bytes + self.activation_bytes
 
+    def step_line(self, passes: str = "") -> str:
+        """How a step is shared out; `passes` says what several micro-batches mean."""
+        rows = self.micro_batches * self.micro_batch
+        split = ""
+        if self.micro_batches > 1:
+            split = f", as {self.micro_batches} micro-batches of {self.micro_batch:,}{passes}"
+        each = " each" if self.devices > 1 else ""
+        return f"  on {devices_text(self.devices)} in {self.precision}: {rows:,} images{each} a step{split}"
+
     def last_lines(self, table: str) -> list[str]:
         """How long it takes, very roughly: runs reach a fifth to two thirds of the products' rate. Whether the
         warm-up, a value of the recipe's `table`, leaves any steps; and whether these are the devices it is
@@ -83,20 +92,25 @@ class Cost:
             seconds = self.images * self.flops / (self.rate / 3 * self.devices)
             units = (("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1))
             name, unit = next(pair for pair in units if seconds >= 2 * pair[1] or pair[1] == 1)
-            century = 36525 * 86400
-            length = (
-                f"about {seconds / unit:,.1f} {name}" if seconds < century else "over a century"
-            )
+            length = f"about {seconds / unit:,.1f} {name}"
+            if seconds < 2:
+                length = "a second or two"
+            if seconds > 36525 * 86400:
+                length = "more than a century"
             out.append(
-                f"  {length}, at a third of what products reach on this device "
-                f"({self.rate / 1e12:.2g} TFLOP/s)"
+                f"  takes {length} at a third of the {self.rate / 1e12:.2g} TFLOP/s that matrix products reach "
+                "on this device"
             )
         if self.devices != self.meant_for:
             out.append(
-                f"  the recipe is meant for {self.meant_for} device(s), this is {self.devices}: "
-                "the mathematics is the same, the time is not"
+                f"  the recipe is meant for {devices_text(self.meant_for)}: on {self.devices} the mathematics "
+                "is the same, the time is not"
             )
         return out
+
+
+def devices_text(count: int) -> str:
+    return "1 device" if count == 1 else f"{count:,} devices"
 
 
 def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, list[str]]:
@@ -110,7 +124,7 @@ def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, lis
         return here, []
     return meant_for, [
         f"  this is the plan for the {meant_for} devices that the recipe is meant for, each like this one; "
-        f"everything is built for the {here} here"
+        f"what is built now is for {devices_text(here)}"
     ]
 
 
@@ -153,15 +167,13 @@ class Plan(Cost):
     def lines(self) -> list[str]:
         """The plan, to print."""
         parts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in self.parameters.items())
-        passes = "no cache" if self.micro_batches == 1 else "features cached, two passes"
         return [
             f"stage {self.stage}: {sum(self.parameters.values()) / 1e6:.1f} M parameters ({parts}), "
             f"{self.trained / 1e6:.1f} M trained"
             + (f", discriminator {self.discriminator / 1e6:.1f} M" if self.discriminator else ""),
             f"  {self.steps:,} steps of {self.batch:,} images = {self.images:,} images, "
             f"{self.images * self.flops:.2e} FLOPs",
-            f"  {self.devices} device(s), {self.micro_batches} x {self.micro_batch} images each a "
-            f"step ({passes}), {self.precision}",
+            self.step_line(" in two passes, features cached"),
             f"  memory per device about {size_text(self.bytes)}: weights, gradients and optimizer "
             f"{size_text(self.state_bytes)}, activations {size_text(self.activation_bytes)}, "
             f"losses {size_text(self.loss_bytes)}",

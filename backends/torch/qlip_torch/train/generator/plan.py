@@ -40,8 +40,7 @@ class GeneratorPlan(Cost):
             f"  {self.steps:,} steps of {self.batch:,} images = {self.images:,} images, "
             f"{self.images * config.tokens_per_image:,} sub-tokens, "
             f"{self.images * self.flops:.2e} FLOPs",
-            f"  {self.devices} device(s), {self.micro_batches} x {self.micro_batch} images each a "
-            f"step, {self.precision}",
+            self.step_line(),
             f"  memory per device about {size_text(self.bytes)}: weights, "
             f"gradients and optimizer {size_text(self.state_bytes)}, activations "
             f"{size_text(self.activation_bytes)}; the frozen tokenizer comes on top",
