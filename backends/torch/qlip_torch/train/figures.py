@@ -15,7 +15,7 @@ from qlip_core.preprocessing import Preprocessing
 
 _GAP = 2
 
-# What is drawn on a logarithmic axis, and how the numbers of `metrics.jsonl` are called.
+# What is drawn on a logarithmic axis where it spans a power of ten, and how the numbers of `metrics.jsonl` are called.
 _LOGARITHMIC = ("mse", "align", "gradient_norm")
 _TITLES = {
     "mse": "squared error of pixels",
@@ -24,7 +24,7 @@ _TITLES = {
     "per_sample_entropy": "entropy per sample (nats)",
     "codebook_entropy": "entropy of the codebook (nats)",
     "commitment": "commitment loss",
-    "lpips": "perceptual loss (LPIPS)",
+    "lpips": "perceptual loss",
     "ssim": "1 - SSIM",
     "gan": "adversarial loss",
     "discriminator": "discriminator's loss",
@@ -71,7 +71,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         from matplotlib.axes import Axes
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter
+        from matplotlib.ticker import LogFormatter, MaxNLocator
     except ImportError:
         return False
 
@@ -79,6 +79,11 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(LogFormatter())  # 0.1 and not 10^-1
         axis.yaxis.set_minor_formatter(LogFormatter())
+
+    def labelled(axis: Axes) -> None:
+        axis.set_xlabel("step", fontsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        axis.tick_params(which="both", labelsize=8)
 
     lines = sorted({line["step"]: line for line in lines}.values(), key=lambda line: line["step"])
     names = list(dict.fromkeys(name for line in lines for name in line["terms"]))
@@ -106,11 +111,11 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis = figure.add_subplot(rows, columns, i)
         axis.plot(*zip(*points), linewidth=1)
         axis.set_title(_TITLES.get(name) or name.replace("_", " "), fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(which="both", labelsize=8)
+        labelled(axis)
         axis.grid(alpha=0.3)
-        # Empty until the first line is written.
-        if points and name in _LOGARITHMIC and min(y for _, y in points) > 0:
+        # Empty until the first line is written. On less than a power of ten the labels would all be the same.
+        values = [y for _, y in points]
+        if points and name in _LOGARITHMIC and max(values) > 10 * min(values) > 0:
             logarithmic(axis)
     if probed:
         axis = figure.add_subplot(rows, columns, len(series) + 1)
@@ -118,8 +123,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
             norms = [v["layer_norms"][name] for v in probed]
             axis.plot([v["step"] for v in probed], norms, label=name)
         axis.set_title("gradient norm at the last shared layer, weighted", fontsize=9)
-        axis.set_xlabel("step", fontsize=8)
-        axis.tick_params(which="both", labelsize=8)
+        labelled(axis)
         logarithmic(axis)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
