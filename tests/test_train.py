@@ -321,7 +321,7 @@ def test_a_run_leaves_curves_pictures_and_a_report(whole_run: Path) -> None:
         # Two pictures of 16 px, eight times enlarged, above their reconstructions, 2 px apart.
         assert picture.size == (2 * 128 + 2, 2 * 128 + 2)
     assert "pictures/step-00000008.png" in report
-    assert "reconstructions below (those of a set of one's own are from the training data" in report
+    assert "Fixed pictures (from the training data: log.held_out" in report
 
 
 def test_a_held_out_set_is_watched_and_measured(place: Path, tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_held_out_set_is_watched_and_measured(place: Path, tmp_path: Path) -> 
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"reconstruction of 4 held-out pictures of {held_out}: PSNR" in report
     assert f"retrieval among the captions of 4 pictures of {held_out}: R@1" in report
-    assert f"reconstructions below (of {held_out})" in report
+    assert f"Fixed pictures (from {held_out}) above" in report
     with pytest.raises(DataError, match="no such file or folder"):
         run(place, tmp_path / "none", stage1__steps=1, log__held_out="/nowhere/at/all")
     with pytest.raises(RecipeError, match="name a set that is stored"):

@@ -28,8 +28,7 @@ def write_report(
     lines = [
         f"# {recipe.name or 'Training run'}",
         "",
-        recipe.description,
-        "",
+        *([recipe.description, ""] if recipe.description else []),
         f"Recipe: [recipe.toml](recipe.toml), seed {recipe.seed}. Hardware: {ranks} x "
         f"{_hardware(device)}. PyTorch {torch.__version__}, Python {platform.python_version()}.",
     ]
@@ -48,7 +47,9 @@ def write_report(
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    cores = "1 thread" if threads == 1 else f"{threads} threads"
+    return f"CPU ({platform.processor() or platform.machine()}, {cores})"
 
 
 def _named(term: str, perceptual: str) -> str:
@@ -89,8 +90,8 @@ def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> 
             bits = last["bits"]
             lines += [
                 "",
-                f"Bits: each is 1 in {bits['low']:.0%} to {bits['high']:.0%} of the tokens (healthy: 30 "
-                f"to 70 %), {bits['dead']:.0%} dead, entropy of the mean soft code "
+                f"Bits: each is 1 in {bits['low']:.0%} to {bits['high']:.0%} of the tokens (healthy: 30% "
+                f"to 70%), {bits['dead']:.0%} dead, entropy of the mean soft code "
                 f"{bits['entropy']:.0%} of its bits.",
             ]
     if validation:
@@ -100,16 +101,14 @@ def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> 
     pictures = sorted((folder / "pictures").glob("*.png"))
     if pictures:
         if recipe.log.held_out:
-            which = f"of {recipe.log.held_out}"
+            which = f"from {recipe.log.held_out}"
         elif all(is_emoji(source.location) for source in recipe.data.sources):
-            which = "training does not see them"
+            which = "which training does not see"
         else:
-            which = (
-                "those of a set of one's own are from the training data; log.held_out names others"
-            )
+            which = "from the training data: log.held_out in the recipe names another set"
         lines += [
             "",
-            f"Fixed pictures above, their reconstructions below ({which}):",
+            f"Fixed pictures ({which}) above, their reconstructions below:",
             "",
             f"![reconstructions](stage{number}/pictures/{pictures[-1].name})",
         ]
