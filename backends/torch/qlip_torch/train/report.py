@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,6 +62,15 @@ def _named(term: str, perceptual: str) -> str:
     )
 
 
+def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The values of each loss in the steps that have it: R1 is taken every so many alone."""
+    out: dict[str, list[float]] = {}
+    for line in metrics:
+        for name, value in line["terms"].items():
+            out.setdefault(name, []).append(value)
+    return out
+
+
 def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> list[str]:
     checkpoint = latest_checkpoint(folder / "checkpoints")
     assert checkpoint is not None
@@ -79,8 +89,8 @@ def _stage(number: int, folder: Path, validation: list[str], recipe: Recipe) -> 
             "| loss | first | last |",
             "|---|---|---|",
             *(
-                f"| {_named(name, recipe.stage2.perceptual)} | {metrics[0]['terms'].get(name, float('nan')):.4f} | {value:.4f} |"
-                for name, value in last["terms"].items()
+                f"| {_named(name, recipe.stage2.perceptual)} | {values[0]:.4f} | {values[-1]:.4f} |"
+                for name, values in _terms(metrics).items()
             ),
         ]
         if skipped := last.get("skipped"):
