@@ -14,6 +14,17 @@ from qlip_core.errors import DataError
 
 
 @contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Gives what the system says of a write its file, which it names on opening alone: a full disk comes later."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays.
 
@@ -27,7 +38,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         raise OSError(errno.EEXIST, "is not a regular file", str(path))
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -34,6 +34,7 @@ from qlip_core.architecture import architecture, init_weights
 from qlip_core.checkpoint import open_checkpoint
 from qlip_core.data.tars import write_tar
 from qlip_core.errors import CheckpointError, DataError, RecipeError
+from qlip_core.files import write_text
 from qlip_torch.model import QLIP
 from qlip_torch.train.accumulate import accumulated_backward
 from qlip_torch.train.assemble import held_out
@@ -579,6 +580,20 @@ def test_a_disk_that_is_full_is_one_line(
         run(place, tmp_path / "out", stage="1", stage1__steps=1)
     assert "\n" not in str(caught.value) and "there is none before it: free" in str(caught.value)
     assert not list((tmp_path / "out" / "stage1" / "checkpoints").glob("step-*"))
+
+
+def test_a_disk_that_is_full_is_told_with_the_file_that_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    path = tmp_path / "report.md"
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_text(path, "much")
+    assert caught.value.filename == str(path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_fills_later_keeps_the_checkpoint_before(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qlip_core.files import write_text
+from qlip_core.files import naming, write_text
 from qlip_torch.train.stage import StepReport
 from qlip_torch.train.throughput import matmul_rate, peak_memory, size_text
 
@@ -158,8 +158,9 @@ class Metrics:
 
     def _write(self, done: int, values: dict[str, Any]) -> None:
         self._last = (self._file.seek(0, os.SEEK_END), done, values)
-        self._file.write(json.dumps({"step": done, **values}) + "\n")
-        self._file.flush()
+        with naming(self._file.name):
+            self._file.write(json.dumps({"step": done, **values}) + "\n")
+            self._file.flush()
 
     def _plot(self, done: int, values: dict[str, Any]) -> None:
         if self._board is not None:
