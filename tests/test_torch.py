@@ -184,7 +184,7 @@ def test_layer_norm_of_mixed_precision_is_computed_in_float32() -> None:
 def test_init_from_is_strict() -> None:
     config = CONFIGURATIONS["eva"]
     weights = random_weights(config)
-    QLIP(config, ("encoder",)).init_from(weights)  # those of other parts are passed over
+    QLIP(config, ("encoder",)).init_from(weights)  # tensors of other parts are ignored
     without = {n: w for n, w in weights.items() if n != "vision_decoder.norm.weight"}
     with pytest.raises(CheckpointError, match=r"missing: vision_decoder\.norm\.weight"):
         QLIP(config).init_from(without)
@@ -249,5 +249,5 @@ def test_patchify_equals_the_reference_and_is_undone() -> None:
 def test_hidden_states_refuse_a_layer_that_is_not_there(layer: int) -> None:
     config = CONFIGURATIONS["eva"]
     network = torch_network(config, random_weights(config))
-    with pytest.raises(ConfigError, match=f"layer {layer} is not there.*0 to 2"):
+    with pytest.raises(ConfigError, match=f"layer {layer} does not exist.*0 to 2"):
         network.hidden_states(random_pixels(config, 1), layer)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def shared(array: np.ndarray) -> Tensor:
-    """A tensor on the array's own memory, which may be read-only: nothing may write to it then."""
+    """A tensor that shares the array's memory; where that is read-only, nothing may write to the tensor."""
     with warnings.catch_warnings():
-        # Checkpoints are mapped read-only, and torch cannot know that nothing writes to the tensor.
+        # Checkpoints are mapped read-only; nothing writes to the tensor, but torch cannot know that.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

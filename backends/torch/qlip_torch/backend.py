@@ -29,9 +29,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass(frozen=True)
 class TorchBackend:
     """`compile` runs the vision towers, and a generator's steps on CUDA, through `torch.compile`, block by
-    block: worth its start-up of up to a minute where many thousands of images follow on a GPU. Off, the
-    first call is fast. `kernels` takes a generator's bfloat16 steps on CUDA through Triton kernels of our own
-    instead (`qlip_torch.step_kernels`), which have not been timed yet."""
+    block. It takes up to a minute to start, which pays off for many thousands of images on a GPU; without it
+    the first call is fast. `kernels` runs a generator's bfloat16 steps on CUDA with this project's Triton
+    kernels instead (`qlip_torch.step_kernels`), which have not been timed yet."""
 
     compile: bool = False
     kernels: bool = False
@@ -73,7 +73,7 @@ class TorchBackend:
         return T5Encoder(name, length, self.devices()[0] if device == "auto" else device)
 
     def lpips(self, weights: str, device: str) -> PairMetric:
-        """With the two below a `qlip_core.evaluation.learned.LearnedMetrics`."""
+        """With `inception` and `clip` this makes a `qlip_core.evaluation.learned.LearnedMetrics`."""
         from qlip_torch.evaluation import lpips_metric
 
         return lpips_metric(weights, device)
@@ -92,7 +92,7 @@ class TorchBackend:
 def on_device(
     model: generator.Generator, *, device: str, dtype: str, compile: bool, kernels: bool
 ) -> TorchGenerator:
-    """A fused model that is on `device`, ready to draw; what it is asked for counts on CUDA alone."""
+    """A fused model on `device`, ready to draw; `compile` and `kernels` have an effect on CUDA only."""
     cuda = device.startswith("cuda")
     fused = None
     if cuda and kernels:
@@ -106,7 +106,7 @@ def on_device(
 
 
 class TorchNetwork:
-    """A model whose parts are read when they are first used, and once."""
+    """A model that reads each of its parts when it is first used."""
 
     def __init__(
         self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str, compile: bool
@@ -127,7 +127,7 @@ class TorchNetwork:
                 device=self.device,
                 dtype=DTYPES[self.dtype],
             )
-            # Texts are short and of many lengths: compiling them anew for each does not pay.
+            # Texts are short and vary in length: recompiling for each length does not pay off.
             if self._compile and part != "text":
                 for block in model.blocks():
                     block.compile()
@@ -163,7 +163,7 @@ class TorchNetwork:
 
     @torch.inference_mode()
     def embed_texts(self, ids: np.ndarray) -> np.ndarray:
-        # Attention is causal: nothing after the last pooled position is needed.
+        # Attention is causal, so positions after the last pooled one are not needed.
         last = pooled_position(ids, self.config.text_config.eos_token_id).max(initial=0)
         needed = torch.tensor(ids[:, : last + 1], dtype=torch.int64, device=self.device)
         return _to_numpy(self._part("text").embed_text(needed))
@@ -174,7 +174,7 @@ class TorchNetwork:
 
     def _to_device(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
         if isinstance(values, np.ndarray):
-            if not values.flags.writeable:  # which torch.from_numpy warns of
+            if not values.flags.writeable:  # torch.from_numpy would warn
                 values = values.copy()
             values = torch.from_numpy(values)
         return values.to(self.device, DTYPES[self.dtype])

@@ -1,4 +1,4 @@
-"""A CLIP in Hugging Face's layout as the judge of CLIPScore, through `transformers`: the extra `t5`."""
+"""CLIPScore's CLIP model, in Hugging Face's layout, loaded with `transformers` (the extra `t5`)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from qlip_core.text import Tokenizer
 from qlip_torch.pretrained import pretrained
 from qlip_torch.weight_files import sha256_of, weight_files
 
-# A ViT-L/14 keeps about 100 MB of activations an image.
+# A ViT-L/14 needs about 100 MB of activations per image.
 _IMAGES_AT_ONCE = 32
 
 
 class ClipTowers:
     """CLIP's two towers in float32; a `qlip_core.evaluation.clip_score.Towers`.
 
-    Pictures and texts are prepared by this project's own code, which equals CLIPImageProcessor's and CLIP's
-    tokenizer.
+    Pictures and texts are prepared by this project's own code, with the same results as CLIPImageProcessor
+    and CLIP's tokenizer.
     """
 
     def __init__(
@@ -58,17 +58,17 @@ class ClipTowers:
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> np.ndarray:
         """To float32 [B, P], unit length; a text that is too long is cut."""
-        # Attention is causal, so padding, which stands behind the end token, needs no mask.
+        # Attention is causal and padding follows the end token, so it needs no mask.
         ids = torch.from_numpy(self._tokenizer(texts)).to(self._device)
         pooled = self._model.text_model(input_ids=ids).pooler_output
         return _unit(self._model.text_projection(pooled))
 
 
 def clip_towers(source: str, device: str = "cpu") -> ClipTowers:
-    """The CLIP in a folder or at a hub id; safetensors only, nothing in it is run.
+    """The CLIP in a folder or at a hub id. Reads safetensors only and runs no code from it.
 
-    Raises BackendError where transformers is not installed, CheckpointError for weights that are absent,
-    missing in part, of another shape or not finite, TextError for a folder without a tokenizer.
+    Raises BackendError if transformers is not installed, CheckpointError for weights that are missing
+    (all or some), of the wrong shape or not finite, TextError for a folder without a tokenizer.
     """
     files = weight_files(source, "CLIP's weights")
     folder = find_model(source)
@@ -100,7 +100,7 @@ def _load(folder: Path) -> Any:
         from transformers import CLIPModel
     except ImportError:
         raise BackendError(
-            "a CLIP that is no QLIP is read by transformers: run `pip install 'qlip[t5]'`"
+            "reading a CLIP other than a QLIP needs transformers: run `pip install 'qlip[t5]'`"
         ) from None
     return pretrained(CLIPModel, folder).float()
 

@@ -9,7 +9,7 @@ from qlip_torch.inception import SIDE, Inception, build_inception
 from qlip_torch.perceptual import Lpips, build_perceptual
 from qlip_torch.weight_files import sha256_of, weight_files
 
-# Inception at 299 px keeps tens of MB an image.
+# Inception at 299 px needs tens of MB per image.
 _IMAGES_AT_ONCE = 32
 
 

@@ -2,9 +2,9 @@
 
 SPEC sections 4 and 5. Parameter names and shapes are those of `qlip_core.generator.architecture`, so a
 state dict is a checkpoint. Legend: B sequences, T prefix, M sub-tokens, Q new positions, S positions so
-far, D width, H heads, K key-value heads, d = D/H, V values of a sub-token, n sub-tokens a patch.
+far, D width, H heads, K key-value heads, d = D/H, V values of a sub-token, n sub-tokens per patch.
 
-Positions come from outside as rotary tables (`Generator.rope`), and so do caches: the same blocks run
+The caller passes in positions, as rotary tables (`Generator.rope`), and caches, so the same blocks run
 whole sequences in training and one position at a time in `qlip_torch.sampler`. Nothing here knows about
 devices, precision or other processes; `blocks` are the units to compile, checkpoint or shard.
 """
@@ -28,7 +28,7 @@ Rope = tuple[Tensor, Tensor]
 
 
 class LayerCache(Protocol):
-    """Takes the keys and values of new positions and gives those of all so far, [B, K, S, d]."""
+    """Stores the keys and values of new positions and returns those of all positions so far, [B, K, S, d]."""
 
     def put(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -46,7 +46,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == self.weight.dtype:
-            # In bfloat16 and float16 this computes in float32 itself.
+            # For bfloat16 and float16, F.rms_norm itself computes in float32.
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
         return y.to(x.dtype)
@@ -55,8 +55,8 @@ class RMSNorm(nn.Module):
 def rotate(x: Tensor, rope: Rope) -> Tensor:
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head: [B, Q, heads, d] -> same.
 
-    The tables are [Q, 1, d], or [B, Q, 1, d] where rows have positions of their own, with the first half
-    of the sines negative (`Generator.rope`).
+    The tables are [Q, 1, d], or [B, Q, 1, d] if positions differ by row, with the first half of the sines
+    negated (`Generator.rope`).
     """
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
@@ -65,13 +65,13 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """One query over all positions so far: q [B, H, 1, d], k and v [B, K, S, d] -> [B, 1, H*d].
 
-    For the CPU, whose fused kernel is made for many queries: with one it takes up to seven times as long
-    in bfloat16; and for torch.compile, which merges it with what stands around it.
+    For the CPU, whose fused kernel is made for many queries (for a single one in bfloat16 it takes up to
+    seven times as long as this), and for torch.compile, which fuses this with the operations around it.
     """
     B, H, _, d = q.shape
     grouped = (
         q.reshape(B, k.shape[1], -1, d) * d**-0.5
-    )  # heads of a group as rows: nothing is repeated
+    )  # a group's heads as rows, so that keys and values need not be repeated
     scores = (grouped @ k.transpose(2, 3)).float()  # [B, K, H/K, S]
     if mask is not None:
         hidden = mask.dtype == torch.bool
@@ -80,13 +80,13 @@ def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Packed(nn.Module):
-    """Linears of one input as one, for drawing only: weights [out, in] each, no gradients.
+    """Several linear layers of the same input as one matrix, for drawing only: weights [out, in], no gradients.
 
-    On the CPU the matrix is laid out by oneDNN, whose product with one or a few vectors then reads more
-    bytes a second than the ordinary one's: with one vector a little in float32, 1.5 times in bfloat16,
-    with eight 1.5 times, and, unlike that one, in proportion to threads. These operators are what
-    torch.compile itself uses for frozen weights. Where it has no instructions for the type, PyTorch's own
-    product of one vector still reads half the bytes in half the time, but of many it is slower than float32's.
+    On the CPU oneDNN lays the matrix out. Its product with one or a few vectors then reads more bytes a
+    second than the ordinary product: with one vector slightly more in float32 and 1.5 times as many in
+    bfloat16, with eight 1.5 times; and unlike the ordinary one it scales with threads. torch.compile uses the
+    same operators for frozen weights. If the CPU has no instructions for the type, PyTorch's own product with
+    one vector still takes half of float32's time, reading half the bytes, but with many it is slower than float32's.
     """
 
     def __init__(self, *weights: Tensor) -> None:
@@ -94,8 +94,8 @@ class Packed(nn.Module):
         self.weight = torch.cat(weights)
         self.reordered = _reorders(self.weight)
         if self.reordered:
-            # For eight vectors: one is 8 % slower so than in the layout for one, two (a picture with
-            # guidance) are 1.4 times as fast, eight and more 1.2 times (float32, AVX2).
+            # Laid out for eight vectors. Compared with the layout for one, a single vector is 8 % slower,
+            # two (a picture with guidance) are 1.4 times as fast, eight or more 1.2 times (float32, AVX2).
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 8)
         self.widens = self.weight.device.type == "cpu" and not _computes(self.weight.dtype)
 
@@ -107,7 +107,7 @@ class Packed(nn.Module):
         return F.linear(x, self.weight)
 
 
-# Vectors from which on a 16-bit matrix is cheaper to make float32 than to multiply as it is (AVX2).
+# From this many vectors on, converting a 16-bit matrix to float32 beats multiplying it as it is (AVX2).
 _WIDENED = 12
 
 
@@ -151,12 +151,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: Rope, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
-        """`mask`, broadcast to [B, H, Q, S]: bool, what may be looked at, or what is added to the scores;
-        None: all before, causally."""
+        """`mask` broadcasts to [B, H, Q, S]: bool (True where attention is allowed), or values added to the
+        scores. None is causal attention."""
         q, k, v = self.project(x)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        # One rotation of both costs half the calls of two, which is what small models pay for.
+        # Rotating both at once halves the number of calls, which dominate the time of small models.
         turned = rotate(torch.cat((q, k), dim=2), rope)
         q, k = turned.transpose(1, 2).split((self.heads, self.groups), dim=1)
         v = v.transpose(1, 2)
@@ -227,7 +227,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Table of embeddings, blocks and last norm: Llama's `model`."""
+    """Embedding table, blocks and final norm: Llama's `model`."""
 
     def __init__(self, config: GeneratorConfig, rows: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ class Transformer(nn.Module):
         mask: Tensor | None = None,
         caches: list[LayerCache] | None = None,
     ) -> Tensor:
-        """Embeddings [B, Q, D] -> last hidden states, normed."""
+        """Embeddings [B, Q, D] -> last hidden states, normalised."""
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, None if caches is None else caches[i])
         return self.norm(x)
@@ -280,7 +280,7 @@ class Generator(nn.Module):
             self.sub_token_embedding = nn.Embedding(config.sub_tokens, width)
         self.lm_head = nn.Linear(width, rows, bias=False)
         self.heads: list[Packed] = []  # of each sub-token number, once fused
-        # Of a whole picture, once trained with: made anew, a GPU would be waited for in each step.
+        # Tables for a whole picture, kept by training: making them in each step would wait for the GPU.
         self._rope: Rope | None = None
 
     def forward(self, features: Tensor, valid: Tensor, null: Tensor, tokens: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class Generator(nn.Module):
         """Sub-tokens number `start`, `start` + 1, ... of pictures: int64 [B, Q] -> [B, Q, D]."""
         n = self.config.sub_tokens
         if values.shape[1] == 1:
-            # As in drawing, where each operation counts: what follows from the number is known here.
+            # Drawing: every operation costs time, and with a single number no tensor of numbers is needed.
             number = start % n
             x = self.model.embed_tokens(values + self.config.first_row(number))
             table = self.sub_token_embedding
@@ -337,12 +337,11 @@ class Generator(nn.Module):
         return F.linear(states, self.lm_head.weight[first : first + self.config.visual_vocab_size])
 
     def text_logits(self, states: Tensor) -> Tensor:
-        """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
+        """States that predict a text token: [..., D] -> [..., text_vocab_size] (SPEC section 5)."""
         return F.linear(states, self.lm_head.weight[: self.config.text_vocab_size])
 
     def rope(self, device: torch.device | str, at: np.ndarray | None = None) -> Rope:
-        """Rotary tables of positions [S, axes] (None: of a whole picture), float32 [S, 1, d] each, for
-        `rotate`."""
+        """Rotary tables for `rotate` of positions [S, axes] (None: a whole picture), float32 [S, 1, d] each."""
         where = positions(self.config) if at is None else at
         cos, sin = rotary_tables(self.config, where)
         cos, sin = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
@@ -354,8 +353,8 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> Generator:
-        """Lay the weights out for drawing, where each is read once a sub-token. Not for training: the
-        separate projections are gone, and with a pure image model the output table's own form."""
+        """Lay the weights out for drawing, where each is read once per sub-token. The result cannot be trained:
+        the separate projections are gone, and in a pure image model so is the unpacked output table."""
         for block in self.blocks():
             block.self_attn.fuse()
             block.mlp.fuse()
@@ -379,12 +378,11 @@ class Generator(nn.Module):
 
 
 def padding_last(seen: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """An order of each row's `length` positions with its padding at the end, and the way back.
+    """An order of each row's `length` positions that puts its padding last, and the inverse order.
 
-    `seen` bool [B, T]: prefix positions that are no padding -> int64 [B, S] each: where the new positions
-    come from, and where the old ones went. Behind everything else, padding is hidden by causality alone,
-    and attention needs no mask: the fused kernels skip half the scores, and on CUDA the fastest of them
-    takes none.
+    `seen` bool [B, T]: prefix positions that are not padding -> int64 [B, S] each: where the new positions
+    come from, and where the old ones went. At the end, padding is hidden by causality alone and attention
+    needs no mask: the fused kernels skip half the scores, and the fastest one on CUDA accepts no mask.
     """
     padding = F.pad(~seen, (0, length - seen.shape[1]), value=False)
     order = padding.to(torch.uint8).argsort(dim=1, stable=True)
@@ -397,10 +395,10 @@ def _rows(x: Tensor, order: Tensor) -> Tensor:
 
 
 def causal_mask(length: int, seen: Tensor) -> Tensor:
-    """What each of `length` positions may look at, bool [B, 1, S, S].
+    """Which positions each of `length` positions may attend to, bool [B, 1, S, S].
 
-    `seen` bool [B, T]: prefix positions that are no padding. Padding sees itself, so that no row is
-    empty.
+    `seen` bool [B, T]: prefix positions that are not padding. Padding attends to itself, so that no row
+    is empty.
     """
     before = torch.ones(length, length, dtype=torch.bool, device=seen.device).tril()
     keys = F.pad(seen, (0, length - seen.shape[1]), value=True)
@@ -418,7 +416,7 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Generator:
-    """A generator for drawing, fused. To train, build a Generator and use `init_from`.
+    """A fused generator for drawing. To train, build a Generator and use `init_from`.
 
     Raises CheckpointError if a tensor is missing, misshapen or unknown.
     """

@@ -1,12 +1,12 @@
-"""Inception-V3 as the FID papers use it: TensorFlow's of 2015-12-05, 2048 features after the last pooling.
+"""Inception-V3 as FID papers use it: TensorFlow's network of 2015-12-05, 2048 features after the last pooling.
 
 Weights are one safetensors file with the names of pytorch-fid's port, `pt_inception-2015-12-05-6726825d.pth`
 (torchvision's names: `Conv2d_1a_3x3.conv.weight` … `Mixed_7c.branch_pool.bn.running_var`; its classifier
-`fc` may be present and is ignored). That file is a pickle, which is never read here. To convert it, once
-and elsewhere: `safetensors.torch.save_file(torch.load(path, "cpu", weights_only=True), "out.safetensors")`.
+`fc` may be present and is ignored). pytorch-fid publishes a pickle, which this program never reads. Convert
+it once, outside: `safetensors.torch.save_file(torch.load(path, "cpu", weights_only=True), "out.safetensors")`.
 
-It differs from torchvision's network in its pooling: averages leave the padding out, and the very last
-block takes a maximum.
+It differs from torchvision's network in its pooling: averages exclude the padding, and the very last
+block pools by maximum.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IGNORED = ("fc.", "AuxLogits.")
 
 
 class Convolution(nn.Module):
-    """Convolution without bias, batch normalisation, ReLU."""
+    """Convolution without a bias, batch normalisation and ReLU."""
 
     def __init__(
         self,
@@ -208,19 +208,19 @@ def build_inception(source: str, seed: int = 0) -> tuple[Inception, str]:
     """(the network, what its weights are: a SHA-256, or "random").
 
     source: a safetensors file, a folder or hub id that holds one, or "random" (seeded, with a warning:
-    for tests and machines without weights). Raises CheckpointError where weights are missing, unexpected,
-    of another shape or not finite.
+    for tests and machines without weights). Raises CheckpointError if weights are missing, unexpected,
+    of the wrong shape or not finite.
     """
     model = Inception()
     if source == "random":
         _randomise(model, seed)
         log.warning(
-            "Inception with RANDOM weights: the distance is not FID and compares with no published figure"
+            "Inception with RANDOM weights: the distance is not FID and not comparable to any published figure"
         )
         return model, f"random (seed {seed}), NOT FID"
     files = weight_files(source, "Inception weights")
     tensors = {n: t for path in files for n, t in read_weights(path).items()}
-    # Counters of training steps mean nothing here, and ports drop them.
+    # Batch norm's step counters are of no use here, and ports drop them.
     counters = "num_batches_tracked"
     shapes = {n: t.shape for n, t in model.state_dict().items() if not n.endswith(counters)}
     found = {

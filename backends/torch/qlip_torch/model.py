@@ -5,7 +5,7 @@ dict is a checkpoint. Legend: B images, N patches, D width, H heads, d = D/H, L 
 with CLS in the encoder, text positions in the text tower), S image side, p patch side, P projection.
 
 Nothing here knows about devices, precision or other processes: autocast, `fully_shard`, activation
-checkpointing and `torch.compile` are applied from outside, best block by block (`QLIP.blocks`).
+checkpointing and `torch.compile` are applied from outside, preferably block by block (`QLIP.blocks`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from qlip_torch.arrays import shared
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm with float32 statistics; in float32 throughout where autocast mixes precisions."""
+    """LayerNorm with float32 statistics; computed wholly in float32 if autocast mixes precisions."""
 
     def forward(self, input: Tensor) -> Tensor:
         if input.dtype == self.weight.dtype:
-            # The kernels for bfloat16 and float16 accumulate in float32 themselves.
+            # The bfloat16 and float16 kernels themselves accumulate in float32.
             return super().forward(input)
         weight, bias = self.weight.float(), self.bias.float()
         y = F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps)
@@ -42,8 +42,8 @@ class LayerNorm(nn.LayerNorm):
 class Rotary(nn.Module):
     """EVA-02's 2-D rotary embedding of the patches of a grid (SPEC 1.2).
 
-    `leading` tokens before the patches (CLS) are not turned. The tables are float32 and belong to no
-    checkpoint.
+    `leading` tokens before the patches (CLS) are not rotated. The tables are float32 and not stored in
+    checkpoints.
     """
 
     cos: Tensor
@@ -57,7 +57,7 @@ class Rotary(nn.Module):
         self.fill(torch.device("cpu"))
 
     def fill(self, device: torch.device) -> None:
-        """Compute the tables [T, 1, d/2] on `device`, one angle a pair, no turn for leading tokens."""
+        """Compute the tables [T, 1, d/2] on `device`: one angle per pair, 0 for leading tokens."""
         tables = rotary_tables(self.grid, self.head_dim)
         for name, table, identity in zip(("cos", "sin"), tables, (1, 0)):
             pairs = np.pad(table[:, ::2], ((self.leading, 0), (0, 0)), constant_values=identity)
@@ -65,12 +65,12 @@ class Rotary(nn.Module):
             setattr(self, name, pairs.to(device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) on neighbours: [B, T, H, d] -> same."""
+        """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent pairs: [B, T, H, d] -> same."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         pairs = x.to(dtype).unflatten(-1, (-1, 2))
         cos, sin = self.cos.to(dtype), self.sin.to(dtype)
         if x.is_cpu and not torch.compiler.is_compiling():
-            # One vectorised complex product, several times faster there than the real form.
+            # One vectorised complex product: on the CPU several times faster than the real form.
             turned = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))
         else:
             x0, x1 = pairs.unbind(-1)
@@ -79,8 +79,8 @@ class Rotary(nn.Module):
 
 
 def both(x: Tensor, first: nn.Linear, second: nn.Linear) -> tuple[Tensor, ...]:
-    """Two linear layers of one input; in compiled training as one product, which reads x once and needs no sum of
-    two gradients of x."""
+    """Two linear layers of the same input. Compiled training takes them as one product, which reads x once and
+    has no two gradients of x to add."""
     if not (first.training and torch.compiler.is_compiling()):
         return first(x), second(x)
     biases = [
@@ -108,7 +108,7 @@ class Attention(nn.Module):
         self.rope = rope
 
     def forward(self, x: Tensor) -> Tensor:
-        # Values apart: attention keeps them, and would keep what stands beside them.
+        # Values apart: attention keeps them for backward, and as a slice they would keep the whole product.
         q, k, v = (
             y.unflatten(-1, (self.num_heads, -1))  # [B, T, H, d]
             for y in (*both(x, self.q_proj, self.k_proj), self.v_proj(x))
@@ -137,7 +137,7 @@ class SwiGLU(nn.Module):
         gate, y = both(x, self.w1, self.w2)
         if torch.is_grad_enabled():
             y = F.silu(gate) * y
-        else:  # in place: fresh memory for the widest tensors costs as much as the arithmetic
+        else:  # in place: allocating the widest tensors would cost as much as the arithmetic
             y = F.silu(gate, inplace=True).mul_(y)
         return self.w3(self.ffn_ln(y))
 
@@ -175,7 +175,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower. `leading` tokens stand before the patches of a vision tower."""
+    """The blocks of a tower. In a vision tower, `leading` tokens precede the patches."""
 
     def __init__(
         self, config: TextConfig | VisionConfig, *, leading: int = 0, causal: bool = False
@@ -208,12 +208,12 @@ class BottleneckMLP(nn.Module):
 
 
 class StraightThroughSign(Function):
-    """u -> corners of the sphere, +-1/sqrt(L); the gradient passes as if it were the identity."""
+    """u -> +-1/sqrt(L) for each bit, a corner on the sphere; its gradient is that of the identity."""
 
     @staticmethod
     def forward(ctx, u: Tensor) -> Tensor:
         scale = 1 / math.sqrt(u.shape[-1])
-        # A comparison, not `sign`: 0 and NaN are the lower corner on every backend.
+        # A comparison, not `sign`, so that 0 and NaN become -1/sqrt(L) on every backend.
         return torch.where(u > 0, scale, -scale).to(u.dtype)
 
     @staticmethod
@@ -268,9 +268,9 @@ class TextModel(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of each patch, its weight laid out as a convolution's: [B, 3, S, S] -> [B, N, D].
+    """A linear map of each patch, with a convolution's weight layout: [B, 3, S, S] -> [B, N, D].
 
-    Not a convolution: on CUDA those round float32 to TF32 unless told otherwise.
+    Not computed as a convolution, because on CUDA those round float32 to TF32 by default.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -300,7 +300,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Visual encoder and both sides of the bottleneck, as far as `parts` asks for them."""
+    """Visual encoder and both sides of the bottleneck, or those of them that `parts` names."""
 
     def __init__(self, config: VisionConfig, parts: tuple[str, ...]) -> None:
         super().__init__()
@@ -375,12 +375,12 @@ class QLIP(nn.Module):
     def hidden_states(self, pixels: Tensor, layer: int) -> Tensor:
         """State after `layer` layers [B, N+1, D], CLS first; 0 the embeddings, -1 the last layer.
 
-        Layers beyond it do not run. Raises ConfigError for a layer that is not there.
+        Later layers do not run. Raises ConfigError for a layer that does not exist.
         """
         layers = self.config.vision_config.num_hidden_layers
         if not -layers - 1 <= layer <= layers:
             raise ConfigError(
-                f"layer {layer} is not there: the encoder has hidden states 0 to {layers}"
+                f"layer {layer} does not exist: the encoder has hidden states 0 to {layers}"
             )
         return self.vision_model(pixels, layer % (layers + 1))
 
@@ -392,14 +392,14 @@ class QLIP(nn.Module):
         """z [B, N, D] -> u [B, N, L], float32, of unit length with `quantizer_l2_norm` (SPEC 1.3)."""
         vision = self.config.vision_config
         if vision.quantizer_embed_type == "mlp":
-            # Contiguous, since `z` is a slice: on strided input a linear layer is a slow batched product.
+            # `z` is a slice, and on strided input a linear layer becomes a slow batched product.
             z = self.vision_model.quant_embed(z.contiguous())
-        # From here on float32 in any case: autocast lowers products, none of which follow.
+        # float32 from here on, even under autocast: it lowers only products, and none follow.
         u = z.to(torch.promote_types(z.dtype, torch.float32))
         return F.normalize(u, dim=-1, eps=1e-12) if vision.quantizer_l2_norm else u
 
     def quantize(self, u: Tensor) -> Tensor:
-        """u [B, N, L] -> the code: +1/sqrt(L) where u > 0, else -1/sqrt(L); gradient of the identity.
+        """u [B, N, L] -> the code: +1/sqrt(L) where u > 0, else -1/sqrt(L); straight-through gradient.
 
         With quantizer "none" the code is u itself.
         """
@@ -430,7 +430,7 @@ class QLIP(nn.Module):
         return [module for module in self.modules() if isinstance(module, Block)]
 
     def reset_rotary(self) -> None:
-        """Compute the rotary tables anew, where the parameters are. Needed after `to_empty`."""
+        """Recompute the rotary tables, on the parameters' device. Needed after `to_empty`."""
         for block in self.blocks():
             if block.self_attn.rope is not None:
                 block.self_attn.rope.fill(block.layer_norm1.weight.device)
@@ -439,8 +439,8 @@ class QLIP(nn.Module):
     def init_from(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Copy published name -> array into the parameters.
 
-        Raises CheckpointError if a tensor of these parts is missing or misshapen, or one is unknown;
-        known tensors of other parts are passed over.
+        Raises CheckpointError if a tensor of these parts is missing or misshapen, or any is unknown;
+        tensors of other parts are ignored.
         """
         _check(self, arrays)
         for name, parameter in self.named_parameters():
@@ -448,7 +448,8 @@ class QLIP(nn.Module):
 
 
 def pooled_position(ids: Tensor, eos_token_id: int) -> Tensor:
-    """Where each text [B, T] is pooled: the first end token; with an id of 2 the largest id (SPEC 1.1)."""
+    """The position where each text [B, T] is pooled: its first end token, or, if `eos_token_id` is 2, its
+    largest id (SPEC 1.1)."""
     return (ids if eos_token_id == 2 else (ids == eos_token_id).int()).argmax(-1)
 
 
@@ -463,8 +464,8 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> QLIP:
-    """A model for inference. On the CPU in float32 its tensors are the arrays' own memory, without a
-    copy, which may be read-only: to train, build a QLIP and use `init_from`.
+    """A model for inference. On the CPU in float32 its tensors share the arrays' memory, which may be
+    read-only: to train, build a QLIP and use `init_from`.
 
     Raises CheckpointError as `QLIP.init_from` does.
     """

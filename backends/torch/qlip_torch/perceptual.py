@@ -1,13 +1,13 @@
 """LPIPS on VGG16 (arXiv 1801.03924), stage 2's perceptual term.
 
-Weights are safetensors, in one file or in several:
+Weights are safetensors, in one file or several:
 
 - `features.N.weight`, `features.N.bias`: torchvision's names of VGG16's convolutions, N in 0, 2, 5,
   7, 10, 12, 14, 17, 19, 21, 24, 26, 28 (its classifier may be present and is ignored);
 - `linK.model.1.weight` [1, C, 1, 1], K in 0..4: lpips's names of its linear weights
   (`lpips/weights/v0.1/vgg.pth`).
 
-Both are published as pickles, which are never read here. To convert one, once and elsewhere:
+Both are published as pickles, which this program never reads. Convert each once, outside:
 `safetensors.torch.save_file(torch.load(path, "cpu", weights_only=True), "out.safetensors")`.
 
 Legend: x, y [B, 3, S, S] in [-1, 1]; f_k the features of tap k with C_k channels.
@@ -27,7 +27,7 @@ from qlip_torch.weight_files import fitted, read_weights, weight_files
 
 log = logging.getLogger(__name__)
 
-# LPIPS' own input scaling: ImageNet's mean and deviation carried over to [-1, 1].
+# LPIPS' own input scaling: ImageNet's mean and deviation, converted to [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
@@ -47,9 +47,9 @@ def clip_to_signed(pixels: Tensor) -> Tensor:
 class Lpips(nn.Module):
     """`d(x, y) = mean_B sum_k mean_hw sum_c w_kc (n(f_k(x)) - n(f_k(y)))_c^2`, n to unit channels.
 
-    The network is frozen; gradients reach whichever input asks for them. Its convolutions follow
-    autocast as those of any network do; normalisation, differences and means are float32.
-    `name` says which weights these are, for logs and reports.
+    The network is frozen; gradients flow to the inputs that require them. Its convolutions follow
+    autocast; normalisation, differences and means are float32. `name` says which weights these are, for
+    logs and reports.
     """
 
     def __init__(self, name: str) -> None:
@@ -86,7 +86,7 @@ class Lpips(nn.Module):
         return features
 
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
-        """One distance an image: two [B, 3, S, S] in [-1, 1] to float32 [B]."""
+        """One distance per image: two [B, 3, S, S] in [-1, 1] to float32 [B]."""
         pairs = zip(self.extract(x), self.extract(y), self.linear)
         with exactly(x.device):
             terms = [
@@ -101,7 +101,7 @@ class Lpips(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Channels [B, C, h, w] to unit length. vector_norm has slope 0 at 0 where sqrt has none."""
+    """Channels [B, C, h, w] to unit length. vector_norm has gradient 0 at 0, where sqrt's is infinite."""
     features = lifted(features)
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
@@ -109,10 +109,10 @@ def _unit(features: Tensor) -> Tensor:
 def build_perceptual(perceptual: str, seed: int = 0) -> Lpips:
     """The LPIPS a recipe names.
 
-    perceptual: `"random"` (seeded random weights, with a warning: a machine without weights, or a
-    test), or one or several sources separated by commas, each a safetensors file, a folder of
-    them, or a hub id `owner/name`. Raises CheckpointError where weights are not there, unexpected or
-    of another shape.
+    perceptual: `"random"` (seeded random weights, with a warning: for tests and machines without
+    weights), or one or several sources separated by commas, each a safetensors file, a folder of
+    them, or a hub id `owner/name`. Raises CheckpointError if weights are missing, unexpected or of the
+    wrong shape.
     """
     if perceptual == "random":
         return _random(seed)
@@ -137,8 +137,8 @@ def _random(seed: int) -> Lpips:
         # The published ones average 0.07 to 0.11 at each tap.
         weight.uniform_(0, 0.2, generator=generator)
     log.warning(
-        "perceptual loss: %s, VGG16 with RANDOM weights; its values are not LPIPS and compare with "
-        "no published figure. Name weights in the recipe (perceptual = PATH) for the real one.",
+        "perceptual loss: %s, VGG16 with RANDOM weights; its values are not LPIPS and not comparable to "
+        "any published figure. Name weights in the recipe (perceptual = PATH) for real LPIPS.",
         model.name,
     )
     return model

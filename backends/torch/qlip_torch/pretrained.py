@@ -1,4 +1,4 @@
-"""Models that `transformers` reads from a folder, with the checks that it leaves out."""
+"""Models that `transformers` reads from a folder, with checks that it does not make."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ T = TypeVar("T")
 
 
 def pretrained(cls: Any, folder: Path) -> Any:
-    """The model of a `transformers` class in a folder: safetensors only, nothing in it is run, no download.
+    """The model of a `transformers` class in a folder. Reads safetensors only, runs no code from the folder and
+    downloads nothing.
 
-    Raises CheckpointError for weights that are absent, missing in part, of another shape or not finite.
+    Raises CheckpointError for weights that are missing (all or some), of the wrong shape or not finite.
     """
     model, found = read(
         folder,
@@ -24,7 +25,7 @@ def pretrained(cls: Any, folder: Path) -> Any:
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         ),
     )
-    # transformers fills what is missing with random values and goes on.
+    # transformers fills missing weights with random values and continues.
     if missing := sorted(found["missing_keys"]):
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         raise CheckpointError(f"{folder}: weights are missing: {', '.join(missing[:4])}{more}")
@@ -35,7 +36,7 @@ def pretrained(cls: Any, folder: Path) -> Any:
 
 
 def read(folder: Path, how: Callable[[], T]) -> T:
-    """What `how` reads of a folder. Raises CheckpointError, in one line, where it cannot."""
+    """What `how` reads from a folder. Any failure becomes a CheckpointError of one line."""
     try:
         return how()
     except (OSError, ValueError, RuntimeError) as error:

@@ -1,8 +1,8 @@
 """Drawing with a generator in PyTorch: the cache, the noise, the filters, the loop over sub-tokens.
 
-The rule is qlip_core.generator.sampling's, in tensors. On CUDA a step is recorded once and replayed, and
-nothing in it depends on the host; elsewhere the loop runs step by step. Either way the device is
-waited for only where sub-tokens are handed out, every `Draw.every` steps.
+It follows the rule of qlip_core.generator.sampling, in tensors. On CUDA a step is recorded once and
+replayed, and nothing in it depends on the host; elsewhere the loop runs step by step. Either way the host
+waits for the device only when it hands sub-tokens out, every `Draw.every` steps.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from qlip_core.generator.network import Draw
 from qlip_core.generator.sampling import GOLDEN, MULTIPLIERS, Sampling, largest_odds, share_of
 from qlip_torch.generator import Generator, LayerCache, causal_mask
 
-if TYPE_CHECKING:  # it needs Triton, which comes with PyTorch for CUDA alone
+if TYPE_CHECKING:  # needs Triton, which only PyTorch's CUDA builds include
     from qlip_torch.step_kernels import FusedStep
 
 # -- noise -------------------------------------------------------------------------------------
 
 
 def _signed(word: int) -> int:
-    """The int32 with the bits of a uint32: torch has no arithmetic on unsigned integers."""
+    """The int32 with the bits of a uint32, since torch has no arithmetic on unsigned integers."""
     return word - (1 << 32) if word >> 31 else word
 
 
@@ -45,7 +45,7 @@ def mix(x: Tensor) -> Tensor:
 
 
 def hash_values(keys: Tensor, count: int) -> Tensor:
-    """Keys int32 [..., 2] -> hash of the values 0 to `count` - 1, int32 [..., count]."""
+    """Keys int32 [..., 2] -> hashes of the values 0 to `count` - 1, int32 [..., count]."""
     values = torch.arange(count, dtype=torch.int32, device=keys.device)
     x = mix(values * _signed(GOLDEN) + keys[..., :1])
     return mix(x ^ keys[..., 1:])
@@ -66,7 +66,7 @@ def keep(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     k = min(top_k, V) if top_k else V
     if k == V and top_p >= 1:
         return logits
-    if top_p >= 1:  # the order among them does not matter, and costs
+    if top_p >= 1:  # no need to sort them, which costs time
         threshold = logits.topk(k, sorted=False).values.amin(-1, keepdim=True)
     else:
         largest = logits.topk(k).values
@@ -93,15 +93,15 @@ def guide(logits: Tensor, scale: Tensor | float) -> Tensor:
 
 # -- the cache ---------------------------------------------------------------------------------
 
-# Its length is a multiple of so many positions: fused attention would copy masks of other lengths.
+# The cache's length is a multiple of this, because fused attention would copy masks of other lengths.
 _ALIGNED = 16
 
 
 class Cache:
     """Keys and values of all positions, [layers, 2, B, K, S, d], allocated once.
 
-    `at` says where the next positions go: a slice, or, where a recorded step must not depend on the
-    host, an index tensor, and then the first `limit` positions come back, to be masked.
+    `at` says where the next positions go: a slice, or, for a recorded step, which must not depend on the
+    host, an index tensor; then the first `limit` positions are returned, for the caller to mask.
     """
 
     def __init__(self, model: Generator, batch: int, device: str, dtype: torch.dtype) -> None:
@@ -109,7 +109,7 @@ class Cache:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         length = -(-config.sequence_length // _ALIGNED) * _ALIGNED
         shape = (layers, 2, batch, heads, length, config.head_dim)
-        # Zeros: what is masked is multiplied by 0, and must not be NaN.
+        # Zeros, because masked values are multiplied by 0 and must not be NaN.
         self.store = torch.zeros(shape, device=device, dtype=dtype)
         self.at: slice | Tensor = slice(0, 0)
         self.limit = length
@@ -138,11 +138,11 @@ class _Layer:
 
 @dataclass
 class _State:
-    """A picture in the making: what the loop reads and writes, all on the device."""
+    """Pictures being drawn: what the loop reads and writes, all on the device."""
 
     cache: Cache
-    states: Tensor  # that predict the first sub-token, [B', D]; B' is 2B with guidance
-    seen: Tensor | None  # bool [B', 1, 1, S], None where no caption is padded
+    states: Tensor  # predict the first sub-token, [B', D]; B' is 2B with guidance
+    seen: Tensor | None  # bool [B', 1, 1, S], None if no caption is padded
     drawn: Tensor  # int64 [B, M]
     keys: Tensor  # int32 [M, B, 2]
     scales: Tensor  # float32 [M]
@@ -160,8 +160,8 @@ class TorchGenerator:
         compiled: bool = False,
         fused: FusedStep | None = None,
     ) -> None:
-        """`compiled`: the model's blocks are, and every shape that they meet costs a compilation. `fused`
-        takes the recorded steps that it suits."""
+        """`compiled`: the model's blocks are compiled, so each new shape costs a compilation. `fused` runs
+        the recorded steps that it suits."""
         self.model, self.compiled, self.fused = model, compiled, fused
         self.config: GeneratorConfig = model.config
         self.device = device
@@ -185,7 +185,7 @@ class TorchGenerator:
         self._recording = recording
 
     def _start(self, order: Draw) -> _State:
-        """The prefix through the model: fills the cache's first T positions."""
+        """Run the prefix through the model, which fills the cache's first T positions."""
         captions = order.captions.with_null() if order.guided else order.captions
         features = torch.from_numpy(captions.features).to(self.device, self._type)
         null, seen = (torch.from_numpy(x).to(self.device) for x in (captions.null, captions.seen()))
@@ -196,7 +196,7 @@ class TorchGenerator:
         rope = self._rope[0][:T], self._rope[1][:T]
         prefix = self.model.embed_prefix(features, null)
         mask = causal_mask(T, seen) if padded else None
-        with torch.compiler.set_stance("force_eager"):  # once a picture: not worth a compilation
+        with torch.compiler.set_stance("force_eager"):  # once per picture: not worth compiling
             states = self.model.model(prefix, rope, mask, cache.layers)[:, -1]
         after = F.pad(seen, (0, cache.store.shape[4] - T), value=True)[:, None, None]
         drawn = torch.zeros(len(order.captions), order.steps, dtype=torch.int64, device=self.device)
@@ -224,7 +224,7 @@ class TorchGenerator:
         T, cos, sin = self.config.prefix_length, *self._rope
 
         def run(start: int, stop: int) -> None:
-            # All noise of some steps at once: one by one its many small operations would count.
+            # The noise of several steps at once: one by one, its many small operations would take long.
             noise = self._noise(order, state.keys[start:stop])
             for step in range(start, stop):
                 values = state.drawn[:, step - 1 : step]
@@ -239,9 +239,9 @@ class TorchGenerator:
         return run
 
     def _replayed(self, order: Draw, state: _State) -> Recording:
-        """The loop as a recording: the last one's, where this order differs only in its contents.
+        """The loop as a recording: the last order's if this one differs only in its contents.
 
-        It is this order's alone until the pictures are done, so that two may be drawn in turns.
+        No other order can use it until these pictures are done, so two orders may be drawn alternately.
         """
         padded = state.seen is not None
         shape = (order.sampling, order.guided, order.every, state.drawn.shape, padded)
@@ -249,37 +249,37 @@ class TorchGenerator:
         if recording is not None and recording.shape == shape:
             recording.fill(state)
         else:
-            del recording  # frees the memory of the former before the next takes its own
+            del recording  # frees its memory before the next recording allocates its own
             recording = Recording(self, order, state, shape)
         state.drawn = recording.state.drawn
         return recording
 
 
 Run = Callable[[int, int], None]
-# Recorded steps attend to a multiple of so many positions, or to all there are.
+# Recorded steps attend to a multiple of this many positions, or to all of them.
 _REACH = 256
 
 
 class Recording:
-    """Steps recorded as CUDA graphs, one for each sub-token number of a patch and each `limit` on how far
-    back attention looks: the step's own number, the cache's position and the noise's keys are read from
-    device memory, so a replay asks the host for nothing."""
+    """Steps recorded as CUDA graphs, one for each sub-token number of a patch and each `limit` on the
+    positions that attention reads. The step's number, the cache's position and the noise's keys are read
+    from device memory, so a replay needs nothing from the host."""
 
     def __init__(self, network: TorchGenerator, order: Draw, state: _State, shape: object) -> None:
         self.network, self.order, self.state, self.shape = network, order, state, shape
         config = network.config
-        # Of sub-tokens drawn so far; starts at 1, the first comes from the prefix.
+        # Number of sub-tokens drawn so far; starts at 1, since the first comes from the prefix.
         self.count = torch.ones(1, dtype=torch.int64, device=network.device)
         self.places = torch.arange(state.cache.store.shape[4], device=network.device)
-        # The noise of the steps from number `first` on, made outside of what is recorded: its many small
+        # The noise of the steps from number `first` on, made outside the recording: its many small
         # operations cost as much for one step as for all.
         self.first = torch.ones(1, dtype=torch.int64, device=network.device)
         self.noise = network._noise(order, state.keys[: order.every])
         kept = state.cache.store.clone(), state.drawn.clone()
         rows = state.cache.store.shape[2]
         self.fused = network.fused if network.fused and network.fused.suits(rows) else None
-        # Reading the whole cache for a picture's first patches would double what attention reads; the fused
-        # step reads how far to look.
+        # If a picture's first patches read the whole cache, attention would read twice as much in all. The
+        # fused step reads its range from device memory and needs no limits.
         length, one = len(self.places), network.compiled or self.fused is not None
         self.limits = [length] if one else [*range(_REACH, length, _REACH), length]
         self.graphs = {
@@ -292,7 +292,7 @@ class Recording:
         self.count.fill_(1)
 
     def fill(self, state: _State) -> None:
-        """The beginning of other pictures into the memory that the recordings work on."""
+        """Copy the initial state of other pictures into the memory that the recordings work on."""
         ours = self.state
         ours.cache.store.copy_(state.cache.store)
         for mine, theirs in (
@@ -320,13 +320,13 @@ class Recording:
         self.state.cache.limit = limit
         side = torch.cuda.Stream(self.network.device)
         side.wait_stream(torch.cuda.current_stream(self.network.device))
-        with torch.cuda.stream(side):  # libraries set themselves up outside of what is recorded
+        with torch.cuda.stream(side):  # libraries must set themselves up outside the recording
             self.count.fill_(1)
             self._step(number)
         torch.cuda.current_stream(self.network.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # "thread_local": what other threads ask of CUDA meanwhile (a training's feed, the loader's pinning of
-        # memory) is no part of it, and must not end it.
+        # "thread_local", so that CUDA calls of other threads (training's feed, the loader's pinning of memory)
+        # are not recorded and do not abort the recording.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._step(number)
         return graph
@@ -357,7 +357,7 @@ class Recording:
         count += 1
 
     def _logits(self, x: Tensor, number: int, at: Tensor) -> Tensor:
-        """Embeddings [R, 1, D] at position `at` -> float32 logits [R, V], by the model's own modules."""
+        """Embeddings [R, 1, D] at position `at` -> float32 logits [R, V], with the model's own modules."""
         network, state = self.network, self.state
         cos, sin = (table.index_select(0, at) for table in network._rope)
         limit = state.cache.limit
@@ -366,12 +366,12 @@ class Recording:
             mask = state.seen[..., :limit] & mask
         else:
             mask = mask.expand(len(x), 1, 1, -1)
-        # To be added, and made so once: every layer would do it again.
+        # An additive mask, converted once: otherwise every layer would do it.
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill_(~mask, -torch.inf)
         states = network.model.model(x, (cos, sin), mask, state.cache.layers)[:, 0]
         return network.model.visual_logits(states, number).float()
 
 
 def _twice(values: Tensor, guided: bool) -> Tensor:
-    """[B, 1] -> [2B, 1] with guidance: both halves go on from the same sub-token."""
+    """[B, 1] -> [2B, 1] with guidance: both halves continue from the same sub-token."""
     return values.repeat(2, 1) if guided else values

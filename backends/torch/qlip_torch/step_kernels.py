@@ -1,18 +1,18 @@
-"""One step of drawing on an NVIDIA GPU as five kernels a layer, in Triton, where PyTorch takes twenty.
+"""One step of drawing on an NVIDIA GPU as five Triton kernels per layer, where PyTorch takes twenty.
 
-A step multiplies every weight by one vector a picture, so it should take as long as reading the weights; but a
-kernel that does next to nothing takes two microseconds all the same, and a layer of a small model has less
-work than that. Here a layer is: norm and query-key-value product; rotation, cache and attention; output product
-and sum; norm, gate and up products and SwiGLU; down product and sum. One more chooses the sub-token. The
-numbers are those of `qlip_torch.generator`, whose docstrings have the equations; products and sums are float32,
-what is kept between kernels is bfloat16.
+A step multiplies every weight by one vector per picture, so it should take as long as reading the weights; but
+even a kernel that does almost nothing takes two microseconds, and a layer of a small model has less work than
+that. Here a layer is: norm and query-key-value product; rotation, cache and attention; output product and sum;
+norm, gate and up products and SwiGLU; down product and sum. One more kernel chooses the sub-token. The numbers
+are those of `qlip_torch.generator`, whose docstrings have the equations; products and sums are float32, values
+passed between kernels bfloat16.
 
 Legend: R rows (pictures, or twice as many with guidance), D width, O outputs, H heads, K key-value heads,
 d = D/H, S positions of the cache.
 """
 
-# Kernels' arguments are pointers, and names in capitals are constants they are compiled for. A launch takes
-# options that no kernel has as parameters.
+# Kernels take pointers; names in capitals are compile-time constants. Launches take options that are not among
+# a kernel's parameters, which pyright would report.
 # pyright: reportMissingImports=false, reportCallIssue=false
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from torch import Tensor
 from qlip_core.generator.sampling import Sampling
 from qlip_torch.generator import Generator, Packed, Rope
 
-# Rows that one program multiplies: the least that tensor cores take, and the most that registers hold.
+# Rows that one program multiplies: tensor cores need at least as many, registers hold no more.
 _ROWS = (16, 32, 64)
-# Of the inputs at once; twice as many where rows are few, so that enough bytes are on their way.
+# Inputs that a program reads at once; twice as many if rows are few, to keep enough bytes in flight.
 _INNER = 128
-# Elements of keys, and as many of values, that attention takes at once.
+# Elements of keys, and as many of values, that attention reads at once.
 _TILE = 8192
 
 
@@ -39,7 +39,7 @@ def _product(
     BLOCK_R: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """out [R, O] = norm(x [R, INNER]) weight^T. GATE: weight is [2 O, INNER], and out = silu(first) * second.
-    ADD: what `out` holds is added."""
+    ADD: the result is added to `out`."""
     r = tl.arange(0, BLOCK_R)
     o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
     total = tl.zeros((BLOCK_R, BLOCK_O), tl.float32)
@@ -61,7 +61,7 @@ def _product(
             at += outputs.to(tl.int64) * INNER
             second = tl.dot(values, tl.load(at, mask=there, other=0.0), second)
     if NORM:
-        # A row's factor is known when all of the row has been read, and goes through the product.
+        # A row's norm is known only once the whole row has been read; it commutes with the product.
         factor = tl.rsqrt(squares / INNER + eps)[:, None]
         total *= factor
         second *= factor
@@ -97,7 +97,7 @@ def _attend(
     NORM: tl.constexpr, SEEN: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Row r's head h over all positions so far: qkv [R, H + 2 K, d] of position `position` [1], whose keys
-    and values go into the cache, [R, K, S, d] each; `seen` [R, S] says which may be looked at."""
+    and values go into the cache, [R, K, S, d] each; `seen` [R, S] says which may be attended to."""
     r, h = tl.program_id(0), tl.program_id(1)
     group = h // (HEADS // GROUPS)
     i = tl.arange(0, D)
@@ -110,8 +110,8 @@ def _attend(
     if h % (HEADS // GROUPS) == 0:
         tl.store(keys + plane + at * D + i, key)
         tl.store(values + plane + at * D + i, value)
-    # Its own position first, from registers: another head's program may not have stored it yet. Each of the
-    # tile's rows keeps a softmax of its own, so that the loop waits for no other thread.
+    # The current position first, from registers: another head's program may not have stored it yet. Each row of
+    # the tile keeps its own softmax, so that the loop does not wait for other threads.
     first = tl.arange(0, BLOCK_S) == 0
     largest = tl.zeros((BLOCK_S,), tl.float32) + tl.sum(q * key.to(tl.float32), axis=0) * scale
     total = tl.where(first, 1.0, 0.0)
@@ -144,7 +144,7 @@ def _choose(
     BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """`sampler.choose` for picture b and step number `count` [1], into drawn [B, M]: logits [R, V], noise
-    [steps from `first` [1] on, B, V] where the temperature is not 0. TOP_K: 0 for all."""
+    [steps from `first` [1] on, B, V] if the temperature is not 0. TOP_K: 0 keeps all values."""
     b = tl.program_id(0)
     i = tl.arange(0, BLOCK_V)
     there = i < V
@@ -158,7 +158,7 @@ def _choose(
     x = tl.where(there, x, -float("inf"))
     if NOISY:
         if TOP_K:
-            # Floats as integers of the same order; the k-th largest of those, from its first bit to its last.
+            # Floats as integers of the same order; find the k-th largest of these, bit by bit from the highest.
             bits = x.to(tl.int32, bitcast=True)
             ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
             kth = tl.where(tl.sum((ordered >= 0).to(tl.int32), axis=0) >= TOP_K, 0, -0x80000000)
@@ -174,15 +174,15 @@ def _choose(
 
 
 class FusedStep:
-    """The model's step in these kernels; weights are the model's own (`Generator.fuse`)."""
+    """A step of the model with these kernels; it uses the model's own weights (`Generator.fuse`)."""
 
     def __init__(self, model: Generator, rope: Rope) -> None:
         self.model = model
         self.cos, self.sin = (table.reshape(table.shape[0], -1).contiguous() for table in rope)
 
     def suits(self, rows: int) -> bool:
-        """Whether the kernels are made for it: bfloat16 (which has float32's range, so that a norm can be
-        applied after its product), heads of a power of two, and no more rows than read the weights once."""
+        """Whether the kernels can run it: bfloat16 (which has float32's range, so that a norm can be applied
+        after its product), a head size that is a power of two, and few enough rows to read the weights once."""
         d, dtype = self.model.config.head_dim, self.model.model.norm.weight.dtype
         return dtype == torch.bfloat16 and d & (d - 1) == 0 and rows <= _ROWS[-1]
 
@@ -226,8 +226,8 @@ class FusedStep:
         sampling: Sampling,
     ) -> None:
         """Logits [R, V] -> the sub-token of step number `count` int64 [1] in `drawn` int64 [B, M]; noise [steps,
-        B, V] from step number `first` int64 [1] on, None at temperature 0; `scales` [M] where there is guidance.
-        Not for `top_p`."""
+        B, V] from step number `first` int64 [1] on, None at temperature 0; `scales` [M] with guidance. Does not
+        apply `top_p`."""
         assert sampling.top_p >= 1
         V = logits.shape[1]
         _choose[len(drawn),](
@@ -247,8 +247,7 @@ class FusedStep:
         out: Tensor | None = None,
         kind: torch.dtype | None = None,
     ) -> Tensor:
-        """`_product` of x [R, I]; into `out`, added to what it holds, or into a new tensor of `kind`,
-        x's where it is None."""
+        """`_product` of x [R, I]: added to `out`, or as a new tensor of dtype `kind` (None: x's dtype)."""
         assert isinstance(packed, Packed)
         rows, weight = len(x), packed.weight
         outputs = len(weight) // 2 if gate else len(weight)
@@ -256,7 +255,7 @@ class FusedStep:
         if out is None:
             out = torch.empty(rows, outputs, device=x.device, dtype=kind or x.dtype)
         block = next(b for b in _ROWS if b >= rows)
-        # Narrow, so that even a small matrix is spread over all processors.
+        # Narrow, so that even a small matrix is spread over all multiprocessors.
         wide = 16 if outputs <= 4096 else 32
         _product[triton.cdiv(outputs, wide),](
             x, x if norm is None else norm, weight, out, rows, outputs, self.model.config.rms_norm_eps,

@@ -1,4 +1,4 @@
-"""FLAN-T5's encoder as a conditioner, through `transformers` (SPEC section 4): the extra `t5`."""
+"""FLAN-T5's encoder as a conditioner (SPEC section 4), loaded with `transformers` (the extra `t5`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _WANTED = ("*.json", "*.safetensors", "spiece.model")
 class T5Encoder:
     """Captions -> the encoder's last hidden states, float32 [B, T, F], padded on the left.
 
-    `name` is a folder or a hub id. Loaded when first used, in float32: T5 overflows float16. Raises
-    BackendError where transformers is not installed, CheckpointError where the model cannot be had or lacks
+    `name` is a folder or a hub id. Loaded when first used, in float32 because T5 overflows float16. Raises
+    BackendError if transformers is not installed, CheckpointError if the model cannot be found or lacks
     weights.
     """
 
@@ -40,7 +40,7 @@ class T5Encoder:
             return_tensors="pt",
         )
         ids, mask = (batch[k].to(self._device) for k in ("input_ids", "attention_mask"))
-        # Encoded as T5 was trained, padding behind; then moved before, so that captions end together.
+        # Encoded with padding on the right, as T5 was trained; then moved to the left, to align the captions' ends.
         states = model(input_ids=ids, attention_mask=mask).last_hidden_state
         states, valid = states.float().cpu().numpy(), mask.cpu().numpy().astype(bool)
         out = np.zeros_like(states)
@@ -60,11 +60,11 @@ class T5Encoder:
                 from transformers import AutoTokenizer, T5EncoderModel
             except ImportError:
                 raise BackendError(
-                    "captions are encoded by FLAN-T5 here: run `pip install 'qlip[t5]'`"
+                    "this generator encodes captions with FLAN-T5: run `pip install 'qlip[t5]'`"
                 ) from None
             folder = Path(self._name).expanduser()
             if not folder.is_dir():
-                # Our own way to the hub: transformers' takes a mistyped folder for an id and retries for long.
+                # Not transformers' download, which takes a mistyped folder for a hub id and retries for long.
                 folder = from_hub(self._name, wanted=_WANTED)
             tokenizer = read(
                 folder,

@@ -40,8 +40,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def fitted(
     tensors: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str
 ) -> dict[str, Tensor]:
-    """The tensors, where they are those of `shapes`, all of them and no others, and finite. Raises
-    CheckpointError, which lists what is wrong with `what`."""
+    """The tensors, checked to be exactly those of `shapes`, and finite. Raises CheckpointError, which lists
+    what is wrong with `what`."""
     wrong = [f"missing {name}" for name in shapes if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in shapes]
     for name in shapes.keys() & tensors.keys():
@@ -57,7 +57,7 @@ def fitted(
 
 
 def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 of files' bytes, one after another."""
+    """SHA-256 of the files' bytes, concatenated."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
