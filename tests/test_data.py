@@ -1014,7 +1014,7 @@ def test_a_position_of_other_data_is_refused(sets):
     ):
         with pytest.raises(DataError, match="belongs to other data"):
             loader_for(data, state=state)
-    with pytest.raises(DataError, match="not of this version"):
+    with pytest.raises(DataError, match="from another version"):
         loader_for(DataConfig((Source(sets["tars"]),), workers=0), state={"samples": 3})
 
 

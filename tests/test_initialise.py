@@ -190,7 +190,7 @@ def test_a_missing_key_bias_is_zero_and_a_given_one_needs_a_place(tmp_path: Path
             name = key.replace("k_proj", "v_proj")
             np.testing.assert_array_equal(arrays[name], WEIGHTS[name])
         else:
-            with pytest.raises(CheckpointError, match=r"qkv\.bias has a bias of keys"):
+            with pytest.raises(CheckpointError, match=r"qkv\.bias has a key bias"):
                 initialise(CONFIG, visual=path)
 
 
@@ -264,7 +264,7 @@ def test_strict_errors(tmp_path: Path) -> None:
     fails(narrow, r"norm\.weight is \[40\], .* needs \[48\]")
     oblong = dict(good)
     oblong["visual.trunk.pos_embed"] = np.zeros((1, 16, 48), np.float32)
-    fails(oblong, "15 positions are no square grid")
+    fails(oblong, "15 positions are not a square grid")
     with pytest.raises(CheckpointError, match="not a hub id"):
         initialise(CONFIG, visual=tmp_path / "absent.safetensors")
 

@@ -347,7 +347,7 @@ def test_a_held_out_set_is_watched_and_measured(place: Path, tmp_path: Path) -> 
     assert f"Fixed pictures (from {held_out}) above" in report
     with pytest.raises(DataError, match="no such file or folder"):
         run(place, tmp_path / "none", stage1__steps=1, log__held_out="/nowhere/at/all")
-    with pytest.raises(RecipeError, match="name a set that is stored"):
+    with pytest.raises(RecipeError, match="name a set stored in files"):
         recipe_of(place, log__held_out="emoji?seed=3")
 
 
@@ -514,7 +514,7 @@ def test_a_finished_run_is_not_overwritten(place: Path, whole_run: Path) -> None
         run(place, whole_run, resume=True, stage1__batch=4, stage1__micro_batch=4)
 
 
-def test_a_run_that_never_began_may_be_begun_anew(place: Path, tmp_path: Path) -> None:
+def test_a_run_that_never_began_may_be_started_again(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(DataError, match="absent"):
         run(place, out, data__sources=[{"location": "absent"}])
@@ -557,7 +557,7 @@ def test_a_dry_run_of_stage_2_asks_for_the_stage_1_that_it_goes_on_from(
     of_this_run = "  weights: stage 1 of this run"
     assert told(tmp_path, "all") == ["  weights: random, seed 3", of_this_run]
     assert told(whole_run, "2") == [of_this_run]
-    with pytest.raises(RecipeError, match="no finished stage 1 to go on from"):
+    with pytest.raises(RecipeError, match="no finished stage 1 to start from"):
         told(tmp_path, "2")
 
 
@@ -578,7 +578,7 @@ def test_a_disk_that_is_full_is_one_line(
     monkeypatch.setattr("torch.distributed.checkpoint.save", _full)
     with pytest.raises(CheckpointError, match=r"cannot be written \(.*No space left") as caught:
         run(place, tmp_path / "out", stage="1", stage1__steps=1)
-    assert "\n" not in str(caught.value) and "there is none before it: free" in str(caught.value)
+    assert "\n" not in str(caught.value) and "there is no earlier one: free" in str(caught.value)
     assert not list((tmp_path / "out" / "stage1" / "checkpoints").glob("step-*"))
 
 
@@ -837,12 +837,12 @@ def test_a_damaged_checkpoint_says_what_and_how_to_go_on(
         checkpoints.load(path, {"a": torch.ones(2)})
     shown = "*.distcp" if name.endswith("distcp") else name
     assert str(caught.value).startswith(f"{path / shown}: ") and "\n" not in str(caught.value)
-    assert f"remove {path} to go on from step-00000001" in str(caught.value)
+    assert f"remove {path} to continue from the one before it, step-00000001" in str(caught.value)
     assert "Traceback" not in capfd.readouterr().err
     shutil.rmtree(path)
     assert checkpoints.latest() == tmp_path / "step-00000001"
     (tmp_path / "step-00000001" / "state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="no checkpoint before it"):
+    with pytest.raises(CheckpointError, match="no earlier checkpoint"):
         checkpoints.load(tmp_path / "step-00000001", {"a": torch.ones(2)})
 
 
@@ -1055,7 +1055,7 @@ def test_a_plan_for_more_devices_divides_the_batch(place: Path) -> None:
 def test_a_plan_tells_of_a_warm_up_that_leaves_no_steps(place: Path) -> None:
     recipe = recipe_of(place, stage1__warmup=2000)
     config, cpu = recipe.model.config(), torch.device("cpu")
-    told = "  the warm-up of 2,000 steps leaves none after it: rates end at 0.004 of what the recipe says"
+    told = "  the warm-up of 2,000 steps leaves none after it: learning rates end at 0.004 of the recipe's"
     assert f"{told}; set stage1.warmup" in make_plan(recipe, config, 1, cpu, 1).lines()
     assert "warm-up" not in "".join(make_plan(recipe, config, 2, cpu, 1).lines())
 

@@ -85,7 +85,7 @@ def test_shards_follow_it_and_go_on_alone_after_a_death(single: Path, tmp_path: 
     assert process.returncode != 0
     metrics = out / "stage1" / "metrics.jsonl"
     assert time.time() - metrics.stat().st_mtime < 60, time.monotonic() - began
-    assert "process 0 of 2 stops: another process of the job has stopped" in errors
+    assert "process 0 of 2 stopped because another process of the job did" in errors
     sharded_steps = curve(out)
     assert len(sharded_steps) == 5
     for (step, terms, norm), (_, other, other_norm) in zip(sharded_steps, curve(single / "single")):
@@ -117,7 +117,7 @@ def test_processes_end_with_their_launcher(single: Path, tmp_path: Path) -> None
     process.kill()
     # Both hold its stderr open until they have ended.
     _, errors = process.communicate(timeout=60)
-    assert errors.count("with a checkpoint; go on with --resume") == 2, errors
+    assert errors.count("with a checkpoint; continue with --resume") == 2, errors
     path = latest_checkpoint(out / "stage1" / "checkpoints")
     assert path is not None
     assert int(path.name.removeprefix("step-")) == curve(out)[-1][0]

@@ -342,7 +342,7 @@ def test_a_position_in_other_shards_is_refused(changed: str, place: Path, tmp_pa
     if changed == "count":
         first.unlink()
     count = 15 if changed == "count" else 16
-    with pytest.raises(DataError, match=rf"begun with, of 16 images \(these are of {count}\)"):
+    with pytest.raises(DataError, match=rf"started with, which had 16 images \(these have {count}\)"):
         feed("others", "none" if changed == "augmentation" else "flip", state)
 
 

@@ -5,11 +5,11 @@ features are small and activations are not. So (GradCache, arXiv 2101.06983):
 
 1. without gradients, compute and keep the features of every micro-batch;
 2. take the losses on all features together, and their gradients at the features;
-3. forward each micro-batch again, with gradients, and backward `sum(features * their gradient)`
-   plus the micro-batch's share of the losses that are means over images.
+3. run each micro-batch forward again, with gradients, and backward from `sum(features * their
+   gradient)` plus the micro-batch's share of the losses that are means over images.
 
 By the chain rule the parameters' gradients are those of the whole batch. The forward draws no random
-numbers, so both passes see the same features. One micro-batch needs no cache and takes one pass.
+numbers, so both passes compute the same features. A single micro-batch needs one pass and no cache.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ Terms = dict[str, Tensor]
 
 
 class Losses(Protocol[Inputs]):
-    """What a stage minimises, taken apart for accumulation."""
+    """What a stage minimises, split up for accumulation."""
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """What each term counts in the total. Terms that are not in it are only reported."""
+        """Each term's weight in the total. Terms without one are only reported."""
         ...
 
     def features(self, inputs: Inputs) -> Features:
-        """What `of_features` needs of a micro-batch, rows first. Called without gradients."""
+        """What `of_features` needs from a micro-batch, rows first. Called without gradients."""
         ...
 
     def forward(self, inputs: Inputs) -> tuple[Features, Terms]:
@@ -44,7 +44,7 @@ class Losses(Protocol[Inputs]):
         ...
 
     def of_features(self, features: Features) -> Terms:
-        """The terms of the features of all micro-batches together."""
+        """The terms computed from the features of all micro-batches together."""
         ...
 
     def parameters_of_features(self) -> Sequence[nn.Parameter]:
@@ -61,7 +61,7 @@ class Accumulated:
 
 
 class GradientProbe(Protocol):
-    """Told before each forward with gradients, and after it each term's piece of the backward."""
+    """`listen` is called before each forward with gradients, `watch` after it with each term's part of the loss."""
 
     def listen(self) -> None: ...
 
@@ -79,7 +79,7 @@ def accumulated_backward(
     """Add the gradients of the weighted total over all `batches` (of equal size) to `.grad`.
 
     `syncing(last)` is entered around each micro-batch, for an engine that averages gradients over
-    ranks with the last one. `probe` sees the terms unweighted. `after_each` follows each one's backward.
+    ranks at the last one. `probe` sees the terms unweighted. `after_each` is called after each backward.
     """
     if len(batches) == 1:
         with syncing(True):
@@ -114,7 +114,7 @@ def accumulated_backward(
                     pieces[name] = term * share
             if probe is not None:
                 probe.watch(pieces)
-            # What is "all" is weighted already.
+            # "all" is already weighted.
             _total(pieces, {"all": 1.0, **losses.weights}).backward()
         after_each()
     return Accumulated({**terms, **sums}, tuple(f.detach() for f in cached))
@@ -123,7 +123,7 @@ def accumulated_backward(
 def _feature_gradients(
     losses: Losses, cached: Features, *, apart: bool
 ) -> tuple[Terms, dict[str, Features]]:
-    """Terms of the features, and the gradient at the features: of the total, or of each term."""
+    """The terms of the features, and their gradients at the features: the total's, or (`apart`) each term's."""
     terms = losses.of_features(cached)
     parameters = list(losses.parameters_of_features())
     weighted = {name: term for name, term in terms.items() if name in losses.weights}

@@ -1,4 +1,4 @@
-"""From a recipe to what a stage starts with: tokenizer, configuration, first weights, fixed pictures."""
+"""From a recipe to what a stage starts with: tokenizer, configuration, initial weights, fixed pictures."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from qlip_torch.train.sources import is_emoji, open_training_source
 
 @dataclass(frozen=True)
 class Start:
-    """What a stage begins with. `weights` float32 by published name; `tokenizer_folder` has its files."""
+    """What a stage begins with. `weights` are float32 by published name."""
 
     config: QLIPConfig
     weights: dict[str, np.ndarray]
     tokenizer: Tokenizer
     tokenizer_folder: Path
     origin: tuple[str, ...]
-    """Where the weights come from, in lines for the plan."""
+    """Where the weights come from, as lines of the plan."""
 
 
 def write_tokenizer(recipe: Recipe, folder: Path) -> None:
-    """Put the vocabulary that the recipe has trained, if it does, where the run keeps it, whole or not at all.
+    """Train the vocabulary if the recipe asks for one, and write it to the run's folder, whole or not at all.
 
-    Raises RecipeError for a size that is not given, or that the captions do not yield.
+    Raises RecipeError if its size is not given, or is more than the captions yield.
     """
     model = recipe.model
     if model.tokenizer != "emoji":
@@ -71,7 +71,7 @@ def write_tokenizer(recipe: Recipe, folder: Path) -> None:
 
 
 def tokenizer_folder(recipe: Recipe, folder: Path) -> Path:
-    """Where the recipe's tokenizer files are, `folder` being what `write_tokenizer` wrote."""
+    """Where the recipe's tokenizer files are; `folder` is where `write_tokenizer` wrote."""
     if recipe.model.tokenizer == "emoji":
         return folder
     if not recipe.model.tokenizer:
@@ -120,7 +120,7 @@ def first_start(recipe: Recipe, folder: Path) -> Start:
 
 
 def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
-    """The first size in which two models differ, but for the tokenizer's; empty if none."""
+    """The first size in which two models differ, the tokenizer's excepted; empty if none."""
     from qlip_core.architecture import architecture
 
     if ours.image_size != theirs.image_size:
@@ -136,21 +136,21 @@ def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
 
 
 def start_from(checkpoint: Checkpoint, origin: str) -> Start:
-    """A beginning from a QLIP checkpoint. Raises RecipeError as `check_start` does."""
+    """A start from a QLIP checkpoint. Raises RecipeError as `check_start` does."""
     tokenizer = check_start(checkpoint, origin)
     return Start(checkpoint.config, checkpoint.tensors(), tokenizer, checkpoint.folder, (origin,))
 
 
 def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
-    """The tokenizer of a checkpoint to go on from. Raises RecipeError if it has none, other
-    pixels, or another loss."""
+    """The tokenizer of a checkpoint to continue from. Raises RecipeError if it has none, or if the checkpoint
+    normalises pixels differently or was made for another loss."""
     if checkpoint.tokenizer is None:
         raise RecipeError(f"{origin}: has no tokenizer files, and training reads captions")
     found = checkpoint.preprocessing
     if (found.mean, found.std) != (CLIP_MEAN, CLIP_STD):
         raise RecipeError(
             f"{origin}: normalises pixels by mean {found.mean} and deviation {found.std}; training "
-            f"knows CLIP's alone, {CLIP_MEAN} and {CLIP_STD}"
+            f"supports only CLIP's, {CLIP_MEAN} and {CLIP_STD}"
         )
     if not checkpoint.config.vision_config.quantizer_cfg.soft_entropy:
         raise RecipeError(
@@ -160,8 +160,7 @@ def check_start(checkpoint: Checkpoint, origin: str) -> Tokenizer:
 
 
 def check_sources(data: DataConfig, image_size: int, held_out: str) -> None:
-    """Raises DataError where a source of training, or the held-out set, is not there: said before anything
-    costly is done for it."""
+    """Raises DataError if a training source or the held-out set does not exist, before anything costly is done."""
     limits = Limits(image_bytes=data.image_megabytes * 2**20)
     for source in data.sources:
         open_training_source(source.location, image_size, data.seed, limits)
@@ -172,7 +171,7 @@ def check_sources(data: DataConfig, image_size: int, held_out: str) -> None:
 def stage_loader(
     recipe: Recipe, stage: StageRecipe, start: Start, world: World, state: dict[str, Any] | None
 ) -> Loader:
-    """Micro-batches of this rank: a global batch is `stage.micro_batches(ranks)` of them from each."""
+    """Micro-batches of this rank; a global batch is `stage.micro_batches(ranks)` of them from each rank."""
     return make_loader(
         recipe.data,
         image_size=start.config.image_size,
@@ -186,8 +185,8 @@ def stage_loader(
 
 
 def fixed_pixels(data: DataConfig, start: Start, log: LogRecipe) -> Tensor:
-    """The pictures a run is watched by, uint8 [B, 3, S, S], at most `log.picture_count`: of the held-out set if
-    one is named, else held out where the source is the emoji set."""
+    """The fixed pictures that show a run's progress, uint8 [B, 3, S, S], at most `log.picture_count`: from the
+    held-out set if one is named, else from the training source (from the emoji set, held-out ones)."""
     size, count = start.config.image_size, log.picture_count
     if log.held_out:
         return _first_pixels(log.held_out, size, count)
@@ -205,13 +204,13 @@ def fixed_pixels(data: DataConfig, start: Start, log: LogRecipe) -> Tensor:
 
 
 def _first_pixels(location: str, size: int, count: int) -> Tensor:
-    """The first pictures of a set that can be read, as they are measured. Raises DataError for none."""
+    """The first readable pictures of a set, preprocessed as for measuring. Raises DataError if there are none."""
     found: list[np.ndarray] = []
     for each in StoredExamples(location):
         if len(found) == count:
             break
         if not isinstance(each, Bad):
-            with suppress(ImageError):  # told, and counted, where the set is measured
+            with suppress(ImageError):  # reported and counted when the set is measured
                 found.append(np.asarray(resize_and_crop(open_image(each.image, each.key), size)))
     if not found:
         raise DataError(f"{location}: no picture in it can be read")
@@ -219,7 +218,7 @@ def _first_pixels(location: str, size: int, count: int) -> Tensor:
 
 
 def held_out(source: Source) -> Source:
-    """The same source, but where it draws emoji pictures: then those that training never sees."""
+    """The same source; if it is the emoji set, with the pictures that training never sees."""
     if not is_emoji(source.location):
         return source
     _, _, query = source.location.partition("?")

@@ -1,7 +1,7 @@
 """Loss balancing: the ratio of the two objectives from what each reaches alone (SPEC section 3).
 
 Gradient norms of reconstruction and alignment differ by two orders of magnitude, so the weights are set
-post hoc: train once with each objective alone, then `a_r / a_a = L_align(inf) / L_mse(inf)`.
+afterwards: train once with each objective alone, then `a_r / a_a = L_align(inf) / L_mse(inf)`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _TAIL = 0.1
 
 @dataclass(frozen=True)
 class Balance:
-    """What the probes ended at, and the weights that follow; `recipe` is where they are written."""
+    """The probes' final losses, and the weights that follow; `recipe` is the file they are written to."""
 
     mse: float
     align: float
     weight_mse: float
-    """a_r, with a_a as the recipe has it."""
+    """a_r, for the recipe's a_a."""
     weight_align: float
     recipe: Path
 
@@ -55,8 +55,8 @@ def balance(
     """Run both probes in `out` and write the recipe with the weights they suggest to balanced.toml.
 
     steps: of each probe; by default those of the recipe's stage 1. dry_run: print the probes' plans and
-    build them, train nothing, give None. Raises RecipeError where a weight is 0 that the other is measured
-    against, or a probe ends at a loss of 0.
+    build them, but train nothing and return None. Raises RecipeError if either weight is 0, or if a probe
+    ends at a loss of 0.
     """
     out = Path(out)
     for name in ("mse", "align"):

@@ -1,11 +1,11 @@
-"""Checkpoints of a run: written whole or not at all, kept few, found by `latest`, resumed exactly.
+"""Checkpoints of a run: written whole or not at all, a few kept, found by `latest`, resumed exactly.
 
     checkpoints/step-00001000/   tensors (torch.distributed.checkpoint), state.json, rank-00000.json, …
     checkpoints/latest           the name of the newest complete one
 
-A checkpoint is written under a temporary name and renamed when every rank has written its share, then
-`latest` is replaced: whatever instant a run is killed at, `latest` names a complete one. They lie on
-a file system that all ranks see. They are for going on with a run; `export` makes a model of it.
+A checkpoint is written under a temporary name and renamed when every rank has written its share; then
+`latest` is replaced. So whenever a run is killed, `latest` names a complete one. All ranks must see the
+file system they are on. They serve to resume a run; `export` turns one into a model.
 """
 
 # torch.distributed.checkpoint does not say that it re-exports its own functions.
@@ -34,7 +34,7 @@ from qlip_core.files import write_text
 from qlip_torch.train.distributed import World, lost_a_peer, peer_error
 
 LATEST, STATE = "latest", "state.json"
-# What `qlip_torch.train.loop.save` gives, and what is added here.
+# Written by `qlip_torch.train.loop.save`, and added here.
 _OF_THE_RUN = ("stage", "recipe", "config", "tokenizer", "numbers", "step", "ranks")
 _OF_A_RANK = ("data", "random")
 _MISSING_GROUP = "torch.distributed is disabled"
@@ -42,7 +42,7 @@ _MISSING_GROUP = "torch.distributed is disabled"
 
 @dataclass(frozen=True)
 class Resumed:
-    """What a checkpoint said beside its tensors: the run's state, and each writing rank's own."""
+    """What a checkpoint holds besides tensors: the run's state, and the own state of each rank that wrote it."""
 
     state: dict[str, Any]
     ranks: list[dict[str, Any]]
@@ -64,7 +64,7 @@ class Checkpoints:
     ) -> None:
         """Write a checkpoint after `step` steps; with `background`, return once tensors are copied.
 
-        Every rank must call. `state` is the same on all of them, `own` this rank's.
+        Every rank must call it. `state` is the same on all ranks, `own` is this rank's.
         """
         self.wait()
         name = f"step-{step:08d}"
@@ -111,7 +111,7 @@ class Checkpoints:
             self._finish()
 
     def close(self) -> None:
-        """Wait, and end the thread: in this order, before process groups are taken down."""
+        """Wait, then end the thread. Must happen before process groups are destroyed."""
         self.wait()
         if self._thread is not None:
             self._thread.shutdown(wait=True)
@@ -123,7 +123,7 @@ class Checkpoints:
         self._pending = None
         try:
             future.result()
-        # The first is no Exception: where torch's own writing fails on a rank, or alone.
+        # CheckpointException, raised if torch's writing fails on a rank or alone, is no Exception.
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
             if self._world.is_first:
                 self._clear(part)
@@ -132,14 +132,14 @@ class Checkpoints:
                 raise peer_error(lost[0]) from None
             kept = self.latest()
             way = (
-                f"{kept.name} is kept: free some space, then go on from it with --resume"
+                f"{kept.name} is kept: free some space, then continue from it with --resume"
                 if kept is not None
-                else "there is none before it: free some space, then begin again with --resume"
+                else "there is no earlier one: free some space, then start again with --resume"
             )
             raise CheckpointError(
                 f"{final}: the checkpoint cannot be written ({_cause(error)}); {way}"
             ) from None
-        # The first rank's share is done last: it writes the table of all ranks' shares.
+        # The first rank finishes last: it writes the table of all ranks' shares.
         if not self._world.is_first:
             return
         self._clear(final)
@@ -148,16 +148,18 @@ class Checkpoints:
         self._rotate(final)
 
     def _rotate(self, newest: Path) -> None:
-        # Complete ones past the newest's step belong to an abandoned course of the run.
+        # Complete checkpoints of later steps are left from before the run was resumed at an earlier one.
         older = [path for path in _complete(self.folder) if path.name < newest.name]
         later = [path for path in _complete(self.folder) if path.name > newest.name]
         for path in [*later, *older[: max(0, len(older) + 1 - self._keep)]]:
             self._clear(path)
-        for path in self.folder.glob(".step-*"):  # what a kill left, half written or half removed
+        for path in self.folder.glob(
+            ".step-*"
+        ):  # half written or half removed when a run was killed
             shutil.rmtree(path, ignore_errors=True)
 
     def _clear(self, path: Path) -> None:
-        """Remove a folder so that at no instant a damaged one stands under its name."""
+        """Remove a folder; it is renamed first, so that a damaged one never has its name."""
         if path.exists():
             doomed = path.with_name(f".{path.name.strip('.')}.old")
             shutil.rmtree(doomed, ignore_errors=True)
@@ -173,7 +175,7 @@ class Checkpoints:
     def load(self, path: Path, tensors: dict[str, Tensor]) -> Resumed:
         """Read a checkpoint into `tensors`, in place, whatever number of ranks wrote it.
 
-        Every rank must call. Raises CheckpointError where it is damaged or does not fit.
+        Every rank must call it. Raises CheckpointError if it is damaged or does not fit.
         """
         read_checkpoint(path, tensors, self._world.checkpoint_group)
         state = read_state(path)
@@ -200,18 +202,18 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """A checkpoint's state.json: step, stage, recipe, config, ... Raises CheckpointError where it is damaged."""
+    """A checkpoint's state.json: step, stage, recipe, config, ... Raises CheckpointError if it is damaged."""
     return _read(path / STATE, _OF_THE_RUN)
 
 
 def read_checkpoint(
     path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None
 ) -> None:
-    """Read these tensors of a checkpoint, in place; with `group`, each rank its share of them.
+    """Read these tensors of a checkpoint, in place; with `group`, each rank reads its share of them.
 
-    Raises CheckpointError where it is damaged, or has no such tensors.
+    Raises CheckpointError if it is damaged or has no such tensors.
     """
-    # Before torch reads it, which logs a traceback of what goes wrong.
+    # Checked before torch reads it, because torch logs a traceback for any error.
     sizes = tensor_sizes(path)
     for name, tensor in tensors.items():
         if sizes.get(name) != list(tensor.shape):
@@ -230,7 +232,7 @@ def read_checkpoint(
 
 
 def tensor_sizes(path: Path) -> dict[str, list[int]]:
-    """The shapes of a checkpoint's tensors, by name. Raises CheckpointError where it is damaged."""
+    """The shapes of a checkpoint's tensors, by name. Raises CheckpointError if it is damaged."""
     try:
         table = _Reader(path).read_metadata().state_dict_metadata
         return {name: list(entry.size) for name, entry in table.items()}
@@ -239,25 +241,25 @@ def tensor_sizes(path: Path) -> dict[str, list[int]]:
 
 
 def _damaged(file: Path, what: str) -> CheckpointError:
-    """The error for a checkpoint's `file`, and how to go on: from the newest complete one before it."""
+    """The error for a checkpoint's `file`, and how to continue: from the newest complete one before it."""
     folder = file.parent
     older = [path.name for path in _complete(folder.parent) if path.name < folder.name]
     way = (
-        f"remove {folder} to go on from {older[-1]}, which is before it"
+        f"remove {folder} to continue from the one before it, {older[-1]}"
         if older
-        else "there is no checkpoint before it to go on from"
+        else "there is no earlier checkpoint to continue from"
     )
     return CheckpointError(f"{file}: {what}; {way}")
 
 
 def _causes(error: BaseException) -> list[BaseException]:
-    """What went wrong on each rank, which torch wraps in one exception."""
+    """The error of each rank; torch wraps them in one exception."""
     failures = list(getattr(error, "failures", {}).values())
     return [inner for inner, _ in failures] or [error]
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what went wrong."""
+    """The last line of the error's message."""
     inner = _causes(error)[0]
     return (str(inner).strip() or type(inner).__name__).splitlines()[-1]
 
@@ -299,7 +301,7 @@ def _random_state(device: torch.device) -> dict[str, str]:
 
 
 def _restore_random_state(ranks: list[dict[str, Any]], world: World) -> None:
-    """This rank's own; with more ranks than wrote, the new ones keep the state they started with."""
+    """Restore this rank's state; ranks beyond those that wrote the checkpoint keep the one they started with."""
     if world.rank >= len(ranks):
         return
     states = {
@@ -313,7 +315,7 @@ def _restore_random_state(ranks: list[dict[str, Any]], world: World) -> None:
 
 # -- reading without trust ---------------------------------------------------------------------
 
-# All that the table of a checkpoint of plain tensors refers to.
+# All names that the table of a checkpoint of plain tensors refers to.
 _METADATA = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
     (_METADATA, name)
@@ -340,7 +342,7 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the table of a checkpoint; anything else in it is refused, so nothing of it can run."""
+    """Reads the table of a checkpoint and refuses anything else, so that no code in it can run."""
 
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
@@ -350,7 +352,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """torch's reader, without its unrestricted unpickling. Tensors it reads with weights_only."""
+    """torch's reader without its unrestricted unpickling; it reads tensors with weights_only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         with (Path(self.path) / ".metadata").open("rb") as file:

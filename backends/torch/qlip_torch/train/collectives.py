@@ -1,8 +1,8 @@
 """The two collectives the objectives need, with gradients.
 
-Legend: W ranks, b rows a rank, B = W*b rows in all. Every rank must call with the same shape.
-The gradients are those of the **sum over ranks** of what each rank computes from the result, which
-is what a data-parallel engine's mean over ranks then divides by W.
+Legend: W ranks, b rows per rank, B = W*b rows in all. Every rank must call with the same shape.
+The gradients are those of the **sum over ranks** of what each rank computes from the result; a
+data-parallel engine's mean over ranks then divides them by W.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class _GatherRows(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        # all-reduce and slice: gloo has no reduce-scatter in the older releases we support.
+        # All-reduce and slice, because gloo has no reduce-scatter in the older releases we support.
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
         return grad.narrow(0, dist.get_rank(ctx.group) * ctx.count, ctx.count), None
@@ -54,5 +54,5 @@ def gather_rows(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Mean over the ranks of a tensor of one shape everywhere."""
+    """Mean over ranks of a tensor, which has the same shape on each."""
     return _MeanOverRanks.apply(value, group)  # type: ignore[return-value]

@@ -1,19 +1,19 @@
-"""The training loader: captioned pictures from many sources, in an order that any restart finds again.
+"""The training loader: captioned pictures from many sources, in an order that a restart reproduces.
 
 with make_loader(DataConfig(), image_size=64, tokenizer=..., batch_size=64) as loader:
     for batch in loader: ...
 
 What is guaranteed, with B the global batch, W ranks, M micro-batches of B/(W*M) rows each on every rank:
 
-- A run that stops after batch k and continues from `state_dict()` sees the batches that an unbroken run
+- A run that stops after batch k and continues from `state_dict()` sees the batches that an uninterrupted run
   sees, row for row, augmentation included, with any number of workers before and after.
-- Sources with random access only (the emoji set, folders): global batch k holds the same rows for every
-  W, in the same order where M is 1. In each pass over a folder every sample comes once.
-- With a stream among the sources (tars, parquet): the same, for every W that divides V, the number of
-  `streams`: the configuration's or, where that is 0, the least that divides B, that W times `workers` do not
-  exceed, and that 8 divides if it can. A run keeps the V it was begun with.
-  In each pass every sample comes once; lanes of unequal length begin their next pass at unequal times.
-- What a sample looks like depends on (seed, number of the row in the run) alone.
+- If all sources have random access (the emoji set, folders), global batch k holds the same rows for every W,
+  and in the same order if M is 1. Each pass over a folder uses every sample once.
+- If any source is a stream (tars, parquet), the same holds for every W that divides V, the number of
+  `streams`: the configuration's or, if that is 0, the smallest divisor of B that is at least W times
+  `workers` and, if possible, a multiple of 8. A run keeps the V it was started with.
+  Each pass uses every sample once; lanes of unequal length begin their next pass at different times.
+- A sample's augmentation depends only on the seed and the number of its row in the run.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples come from, and its share of them among all sources' weights.
+    """Where samples come from, and their share, by `weight`, among all sources.
 
     location: "emoji", or "emoji?split=train&seed=1&size=96&common_share=0.5&plain=true&names=common"
-    (or names=classes: the hundred of the classification test); a folder of images with .txt beside
-    them; a parquet file or folder; tars by path, URL, glob or {0000..0099}.
+    (or names=classes: the hundred of the classification test); a folder of images, each with a .txt
+    beside it; a parquet file or folder; tars by path, URL, glob or {0000..0099}.
     """
 
     location: str
@@ -71,11 +71,11 @@ class Source:
 class DataConfig:
     """The data part of a recipe.
 
-    seed: of order and augmentation. workers: processes that prepare batches (0: none, in the trainer's
-    own); prefetch: batches that each holds ready. scale, ratio: CLIP's random resized crop, share of the
-    area and width over height (scale = [1, 1] turns it off); flip: chance of a mirror image.
-    For streams: shuffle_buffer and shuffle_megabytes bound what each of the `streams` lanes holds, in
-    encoded samples; streams = 0 chooses. image_megabytes: larger files are bad samples.
+    seed: of order and augmentation. workers: processes that prepare batches (0: the trainer's own process
+    does); prefetch: batches that each holds ready. scale, ratio: CLIP's random resized crop, as share of the
+    area and width over height (scale = [1, 1] turns it off); flip: probability of a mirror image.
+    For streams: shuffle_buffer (samples) and shuffle_megabytes (of encoded samples) limit what each of the
+    `streams` lanes holds; streams = 0 is automatic. image_megabytes: larger files count as bad samples.
     """
 
     sources: tuple[Source, ...] = (Source("emoji"),)
@@ -104,7 +104,7 @@ class DataConfig:
 
 
 class Loader:
-    """Endless batches of this rank, from `make_loader`. Close it, or use it as a context."""
+    """Endless batches of this rank, from `make_loader`. Close it, or use it in a `with` statement."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ class Loader:
         micro_batches: int,
         state: dict[str, Any],
     ):
-        """`pieces`: parts of the feed that make a micro-batch; `prefetch`: parts that each worker holds
+        """`pieces`: how many of the feed's parts make a micro-batch; `prefetch`: parts that each worker holds
         ready; `state`: where the feed starts."""
         self.bad = Tally()
         self.bad.include(state["bad"])
@@ -129,12 +129,12 @@ class Loader:
             feed,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             prefetch_factor=prefetch if workers else None,
             worker_init_fn=start_worker if workers else None,
-            # What is put together from pieces is so in pinned memory, see `_together`.
+            # Micro-batches joined from several pieces are pinned in `_joined`.
             pin_memory=torch.cuda.is_available() and pieces == 1,
-            # Its own generator: the default one is the run's, and must not move with a restart.
+            # Its own generator, because the default one is the run's, which a restart must not advance.
             generator=torch.Generator().manual_seed(0),
         )
         self._items: Iterator[Part | Failure] | None = None
@@ -144,7 +144,7 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        """The next micro-batch. Raises DataError where a source cannot be read, naming the worker."""
+        """The next micro-batch. Raises DataError, naming the worker, if a source cannot be read."""
         if self._closed:
             raise DataError("this loader is closed; make another one from its state")
         if self._items is None:
@@ -168,8 +168,8 @@ class Loader:
         if len(pieces) == 1:
             return pieces[0]
         return Batch(
-            _together([piece.pixels for piece in pieces]),
-            _together([piece.ids for piece in pieces]),
+            _joined([piece.pixels for piece in pieces]),
+            _joined([piece.ids for piece in pieces]),
             [key for piece in pieces for key in piece.keys],
             [caption for piece in pieces for caption in piece.captions],
         )
@@ -181,9 +181,9 @@ class Loader:
         raise DataError(f"data worker {item.worker}: {item.message}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the last global batch ends that was handed out whole (not those made ahead), in JSON types.
+        """The position after the last global batch handed out in full (not those prefetched), in JSON types.
 
-        The ranks' states are equal but for their own lanes and bad samples: store `merge_states` of all.
+        Each rank's state has its own lanes and bad samples, so store `merge_states` of all ranks' states.
         """
         return self._state
 
@@ -226,8 +226,8 @@ def make_loader(
 ) -> Loader:
     """The loader of rank `rank`, from the beginning or from a saved state (see the module's guarantees).
 
-    batch_size: rows of the global batch; each rank gets batch_size / world_size of them, in so many
-    `micro_batches`. tokenizer: texts -> int64 [B, T]. Raises DataError for sources that are not there, sizes
+    batch_size: rows of the global batch; each rank gets batch_size / world_size of them, split into
+    `micro_batches`. tokenizer: texts -> int64 [B, T]. Raises DataError for sources that do not exist, sizes
     that do not divide, and a state of other data.
     """
     if not 0 <= rank < world_size:
@@ -277,7 +277,7 @@ def make_loader(
         workers, piece, prefetch = data.workers, micro_rows, data.prefetch
     else:
         lanes = range(rank * streams // world_size, (rank + 1) * streams // world_size)
-        # Where it divides, every lane has its share of every micro-batch; always, a piece lies within one.
+        # A piece never spans two micro-batches; if the lanes divide its rows, each lane has a share of every one.
         share = 0 if micro_rows % len(lanes) else micro_rows // len(lanes)
         piece = math.gcd(batch_size // streams, micro_rows, share)
         feed = LaneFeed(
@@ -308,7 +308,7 @@ def make_loader(
 
 
 def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One state for all ranks from each rank's own, in rank order, to continue on any number of ranks."""
+    """Merge the ranks' states, in rank order, into one that any number of ranks can continue from."""
     first = states[0]
     bad, lanes = Tally(), {}
     for state in states:
@@ -322,7 +322,7 @@ def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _streams(
     data: DataConfig, batch_size: int, world_size: int, state: dict[str, Any] | None
 ) -> int:
-    """V: the configuration's, the saved one, or the least that suits ranks, workers and batch."""
+    """V: the configuration's, the saved one, or the smallest that suits ranks, workers and batch."""
     least = world_size * max(1, data.workers)
     chosen = data.streams or (state or {}).get("streams", 0)
     if not chosen:
@@ -331,7 +331,7 @@ def _streams(
         chosen = fits[0] if fits else step
     if state and (chosen % world_size or batch_size % chosen):
         raise DataError(
-            f"this run was begun with {chosen} streams of data: go on with a number of processes that "
+            f"this run was started with {chosen} streams of data: continue it with a number of processes that "
             f"divides {chosen}, not {world_size}"
         )
     if chosen % world_size or batch_size % chosen:
@@ -345,7 +345,7 @@ def _streams(
 def _describe(
     data: DataConfig, sources: Sequence[IndexedSource | StreamSource], streams: int
 ) -> dict[str, Any]:
-    """What decides which sample comes where: a state is good for the same data only."""
+    """What decides the order of samples; a state is valid only for data with the same description."""
     sizes = [len(s.shards) if isinstance(s, StreamSource) else s.count for s in sources]
     return {
         "seed": data.seed,
@@ -359,14 +359,14 @@ def _describe(
 
 def _checked_state(old: dict[str, Any], fresh: dict[str, Any], rank: int) -> dict[str, Any]:
     if set(old) != set(fresh) or old["version"] != fresh["version"]:
-        raise DataError("the saved data position is not of this version; start the data anew")
+        raise DataError("the saved data position is from another version; start the data again")
     if (old["data"], old["streams"]) != (fresh["data"], fresh["streams"]):
         raise DataError(
             "the saved data position belongs to other data "
-            f"({_difference(old, fresh)}); restore the data (for a tar that is lost an empty file of its "
-            "name will do), or start it anew"
+            f"({_difference(old, fresh)}); restore the data (for a lost tar, an empty file of its name will "
+            "do), or start it again"
         )
-    # Counted by one rank, so that a later merge does not count them W times.
+    # Kept by one rank only, so that a later merge does not count them W times.
     return old | {"bad": old["bad"] if rank == 0 else Tally().to_dict()}
 
 
@@ -378,7 +378,7 @@ def _difference(old: dict[str, Any], fresh: dict[str, Any]) -> str:
 
 
 def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> None:
-    """Workers hand `rows` over at a time in shared memory; where it runs out they die of SIGBUS, unexplained."""
+    """Workers hand over `rows` at a time in shared memory; if it runs out, SIGBUS kills them without a message."""
     memory = Path("/dev/shm")
     if not workers or sys.platform != "linux" or not memory.is_dir():
         return
@@ -386,18 +386,18 @@ def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> N
     free = shutil.disk_usage(memory).free
     if need > free:
         raise DataError(
-            f"{workers} workers with batches made ahead need {need >> 20} MB of "
+            f"{workers} workers with prefetched batches need {need >> 20} MB of "
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
         )
 
 
-def _together(parts: Sequence[Tensor]) -> Tensor:
-    """The rows of all parts; for a run on a GPU in page-locked memory, from which it copies while the host goes on."""
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; for a GPU in page-locked memory, from which it copies while the host continues."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     out = torch.empty(shape, dtype=parts[0].dtype, pin_memory=torch.cuda.is_available())
     return torch.cat(list(parts), out=out)
 
 
-def _as_it_is(item: T) -> T:
+def _unchanged(item: T) -> T:
     return item

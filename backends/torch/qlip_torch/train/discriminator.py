@@ -1,9 +1,9 @@
 """StyleGAN2's discriminator and its losses (arXiv 1912.04958), stage 2's adversarial term.
 
-Legend: x [B, 3, S, S], any normalisation as long as real and fake share it. Weights have an
-equalised learning rate: stored as N(0, 1), scaled by 1/sqrt(fan_in) where they are used.
-R1 differentiates twice: keep the discriminator out of torch.compile and replicate it (DDP) rather
-than shard it; it is small.
+Legend: x [B, 3, S, S], in any normalisation that real and fake images share. Weights have an
+equalised learning rate: stored as N(0, 1), scaled by 1/sqrt(fan_in) when used.
+R1 differentiates twice, so do not compile the discriminator, and replicate it (DDP) rather than
+shard it; it is small.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SMALLEST_SIDE = 8
 
 
 class EqualConv(nn.Module):
-    """Convolution with an equalised learning rate, and a bias if wanted: [B, I, ...] to [B, O, ...]."""
+    """Convolution with an equalised learning rate and an optional bias: [B, I, ...] to [B, O, ...]."""
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int, stride: int = 1, bias: bool = True
@@ -33,7 +33,7 @@ class EqualConv(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
         self.scale = 1 / math.sqrt(inputs * kernel**2)
         self.stride = stride
-        # A strided one follows a blur that has padded already.
+        # A strided convolution follows a blur, which has already padded.
         self.padding = kernel // 2 if stride == 1 else 0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def activate(x: Tensor) -> Tensor:
 
 
 class DownBlock(nn.Module):
-    """Residual block that halves: [B, I, s, s] to [B, O, s // 2, s // 2]."""
+    """Residual block that halves the resolution: [B, I, s, s] to [B, O, s // 2, s // 2]."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class DownBlock(nn.Module):
 def minibatch_deviation(x: Tensor, group_size: int = 4) -> Tensor:
     """Append one channel, the mean deviation over groups of images: [B, C, s, s] to [B, C+1, s, s].
 
-    Groups are the largest divisor of B up to `group_size`; image i is in group i mod (B / size).
+    A group's size is the largest divisor of B up to `group_size`; image i is in group i mod (B / size).
     """
     batch, _, height, width = x.shape
     size = max(d for d in range(1, min(group_size, batch) + 1) if batch % d == 0)
@@ -104,7 +104,7 @@ def minibatch_deviation(x: Tensor, group_size: int = 4) -> Tensor:
 
 
 class Discriminator(nn.Module):
-    """Real or made: x [B, 3, S, S] to float32 logits [B]. S is at least 8, and need be no power of 2.
+    """Real or generated: x [B, 3, S, S] to float32 logits [B]. S is at least 8, not necessarily a power of 2.
 
     A stage at side s has `base_channels / s` channels, a multiple of 8 from 16 to `max_channels`;
     sides are halved, rounding down, until they are at most 4. 28.9 M parameters at 256 px.
@@ -155,7 +155,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 def r1_is_due(step: int, interval: int = 16) -> bool:
-    """Whether the lazy penalty is added at this step, counted from 0."""
+    """Whether this step, counted from 0, adds the lazy penalty."""
     return step % interval == 0
 
 
@@ -164,11 +164,11 @@ def r1_penalty(
 ) -> Tensor:
     """`interval * weight / 2 * mean_B |d D(x) / d x|^2` on real images [B, 3, S, S], in float32.
 
-    Added once every `interval` steps (`r1_is_due`), which the factor makes up for (arXiv 1912.04958,
-    appendix B). weight is R1's gamma.
+    Added once every `interval` steps (`r1_is_due`); the factor `interval` compensates for that (arXiv
+    1912.04958, appendix B). weight is R1's gamma.
     """
     with exactly(real.device):
         real = lifted(real.detach()).requires_grad_()
-        # With the minibatch deviation D mixes images: the sum's gradient is what StyleGAN takes too.
+        # The minibatch deviation makes D mix images; like StyleGAN, take the gradient of the sum.
         (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
         return slope.square().sum((1, 2, 3)).mean() * (weight / 2 * interval)

@@ -1,11 +1,11 @@
-"""Processes and devices: who this process is, how a module is spread over them, how a job ends.
+"""Processes and devices: this process's place in the job, how a module is spread over them, how a job ends.
 
-Model files are single-device code; everything about many processes is applied from here. A job of
-one process needs none of it and takes the same path. Started by torchrun, which says in the
-environment which rank this is.
+Model files are single-device code; everything about several processes is applied from here. A job of
+one process needs none of it and takes the same path. torchrun starts the processes and sets each one's
+rank in its environment.
 """
 
-# _foreach_* and HashStore are what torch's own engines use; it does not re-export them.
+# torch's own engines use _foreach_* and HashStore, but it does not re-export them.
 # pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class World:
     size: int
     device: torch.device
     group: dist.ProcessGroup | None = None
-    # Checkpoints are written by a thread: its messages must not mix with training's.
+    # For the thread that writes checkpoints, whose messages must not mix with training's.
     checkpoint_group: dist.ProcessGroup | None = None
 
     @property
@@ -66,7 +66,7 @@ class World:
         return values / self.size
 
     def any(self, flag: bool) -> bool:
-        """Whether any rank says so."""
+        """Whether `flag` is set on any rank."""
         if self.group is None:
             return flag
         value = torch.tensor(float(flag), device=self.device)
@@ -79,7 +79,7 @@ class World:
 
     @property
     def loss_group(self) -> dist.ProcessGroup | None:
-        """The group for losses over the global batch; None where there is nothing to join."""
+        """The group for losses over the global batch; None if this process is alone."""
         return self.group if self.size > 1 else None
 
 
@@ -106,7 +106,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def joined(engine: EngineRecipe) -> Iterator[World]:
-    """Join the job that torchrun started, or be alone; leave it in order at the end."""
+    """Join the job that torchrun started, or run alone; leave it cleanly at the end."""
     device = choose_device(engine.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -114,7 +114,7 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
     if size == 1 and engine.parallel == "ddp":
         yield World(0, 1, device)
         return
-    # Who starts processes by hand may well end before them.
+    # Only under torchrun: whoever starts processes by hand may well end before them.
     if size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -125,14 +125,14 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
             dist.init_process_group(backend, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise BackendError(
-            f"the processes of the job cannot meet ({_line(error)}): start them with torchrun"
+            f"the processes of the job cannot connect ({_line(error)}): start them with torchrun"
         ) from error
     try:
         checkpoints = dist.new_group(backend="gloo", timeout=TIMEOUT)
         assert isinstance(checkpoints, dist.ProcessGroup)
         world = World(dist.get_rank(), size, device, dist.group.WORLD, checkpoints)
         yield world
-        # All have done what they wait for in each other before any takes its group down.
+        # No rank destroys its group while another may still be waiting for it.
         world.barrier()
     except RuntimeError as error:
         if not lost_a_peer(error):
@@ -143,8 +143,8 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
 
 
 def _end_with(launcher: int) -> None:
-    """Stop as after SIGTERM, with a checkpoint, once the launcher is gone: a job that is started again must not
-    meet its old processes."""
+    """Stop as after SIGTERM, with a checkpoint, once the launcher is gone, so that a restarted job does not
+    run into its old processes."""
     while os.getppid() == launcher:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -156,18 +156,18 @@ def _line(error: BaseException) -> str:
 
 
 def peer_error(error: BaseException) -> PeerError:
-    """What a rank says that stops over an `error` for which `lost_a_peer`."""
+    """The error that a rank raises when an `error` shows that it `lost_a_peer`."""
     rank, size = os.environ.get("RANK", 0), os.environ.get("WORLD_SIZE", 1)
     return PeerError(
-        f"process {rank} of {size} stops: another process of the job has stopped, see its message "
+        f"process {rank} of {size} stopped because another process of the job did; see its message "
         f"({_line(error)})"
     )
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether an error of a collective says that another rank is gone."""
+    """Whether an error is a collective's that says another rank is gone."""
     if isinstance(error, OSError) and error.filename is not None:
-        return False  # a disk's, whatever its path is called
+        return False  # a file's error, whose path may contain one of the signs below
     if isinstance(error, dist.DistError):
         return True
     text = str(error).lower()
@@ -176,10 +176,10 @@ def lost_a_peer(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Notes SIGTERM and Ctrl-C; the loop asks between steps, and stops with a checkpoint.
+    """Notes SIGTERM and Ctrl-C; the loop checks for them between steps, and stops with a checkpoint.
 
-    After `grace` seconds (a checkpoint that hangs, a rank that waits for a dead one) the process
-    ends without one. A second Ctrl-C ends it at once. Only the main thread may take signals; elsewhere
+    If that takes over `grace` seconds (a checkpoint hangs, a rank waits for a dead one), the process ends
+    without one. A second Ctrl-C ends it at once. Only the main thread can receive signals; in any other
     this never asks to stop.
     """
 
@@ -191,7 +191,7 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells say it: 143 after SIGTERM, 130 after Ctrl-C."""
+        """128 + the signal's number, the shells' convention: 143 after SIGTERM, 130 after Ctrl-C."""
         return 128 + (self.signal or 0)
 
     def __enter__(self) -> StopRequest:
@@ -226,7 +226,7 @@ class StopRequest:
 
 @dataclass(frozen=True)
 class Spread:
-    """A module as the engine runs it, and how accumulation tells it which backward averages."""
+    """A module as the engine runs it, and how accumulation tells it which backward averages gradients."""
 
     module: nn.Module
     syncing: Callable[[bool], AbstractContextManager[None]]
@@ -235,13 +235,13 @@ class Spread:
 def prepare_blocks(
     blocks: Iterable[nn.Module], engine: EngineRecipe, *, random: bool = False
 ) -> None:
-    """torch.compile and activation checkpointing, block by block, in place; names stay as they are.
+    """Apply torch.compile and activation checkpointing block by block, in place; names do not change.
 
     `random`: the blocks have dropout, which the second forward of checkpointing must repeat.
     """
     if engine.compile:
-        # The looks at each loss's gradient go backward several times through what one forward kept, which code
-        # that may overwrite it refuses.
+        # The gradient probe runs several backwards through one forward's saved tensors, which code that donates
+        # (may overwrite) them refuses.
         functorch_config.donated_buffer = False
     for block in blocks:
         forward: Callable[..., Any] = _compiled(block) if engine.compile else block.forward
@@ -251,11 +251,11 @@ def prepare_blocks(
 
 
 def _compiled(block: nn.Module) -> Callable[..., Any]:
-    """The block's forward by torch.compile; as it is while a module inside has a hook, which compiled code that
-    was made without it passes over."""
+    """The block's forward, compiled; but uncompiled while a module inside has a hook, since code compiled
+    without the hook ignores it."""
     plain = block.forward
-    # For the very shapes: the towers share this code, and torch would take the lengths of the second it meets for
-    # ones that vary. A stage meets no others.
+    # For fixed shapes: the towers share this code, and torch would otherwise treat the second tower's lengths as
+    # dynamic. A stage has no other shapes.
     compiled = torch.compile(plain, dynamic=False)
     inside = [module for module in block.modules() if module is not block]
 
@@ -276,11 +276,11 @@ def spread(
     methods: Sequence[str] = (),
     half: bool = False,
 ) -> Spread:
-    """DDP or FSDP2 over all ranks. `apart` names parameters that the caller averages itself,
-    `methods` what is called of the module beside `forward`, without gradients.
+    """DDP or FSDP2 over all ranks. `apart` names parameters whose gradients the caller averages itself,
+    `methods` the module's methods besides `forward` that are called, without gradients.
 
     With FSDP2 each of `blocks` is a unit, gathered in bfloat16 if `half`; the rest (embeddings,
-    bottleneck, projections) stays float32. It averages with every backward: gradients then stay sharded.
+    bottleneck, projections) stays float32. It averages at every backward, so that gradients stay sharded.
     """
     if world.group is None:
         return Spread(module, lambda last: nullcontext())
@@ -289,7 +289,7 @@ def spread(
         _shard(module, blocks, engine, world, kept, methods, half)
         return Spread(module, lambda last: nullcontext())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(apart))
-    # Tables that each rank makes for itself; the option has another name from torch 2.13 on.
+    # Buffers are tables that each rank computes for itself; from torch 2.13 the option has another name.
     known = inspect.signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     no_buffers: dict[str, Any] = {option: False}
@@ -323,7 +323,7 @@ def _shard(
     mesh = init_device_mesh(world.device.type, (world.size,))
     on_cuda = world.device.type == "cuda"
     offload = CPUOffloadPolicy(pin_memory=on_cuda) if engine.cpu_offload else OffloadPolicy()
-    # Inputs are not cast: the residual stream stays as autocast leaves it.
+    # Inputs are not cast, so that the residual stream keeps the dtype autocast gives it.
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if half else None,
         reduce_dtype=torch.float32,
@@ -343,7 +343,7 @@ def _shard(
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Mean over ranks of the gradients of parameters that no engine averages, in one message."""
+    """Average over ranks the gradients of parameters that no engine averages, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if world.group is None or not gradients:
         return
@@ -353,9 +353,9 @@ def average_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, world: World) -> Tensor:
-    """Scale all gradients so that their common norm is at most `limit`; the norm before, float32.
+    """Scale all gradients so that their joint norm is at most `limit`. Returns the norm before, float32.
 
-    Takes sharded and whole parameters together, which torch's own does not.
+    Unlike torch's own, it accepts sharded and whole parameters together.
     """
     sharded, whole = _gradients(parameters)
     norm = _norm(sharded, whole, world)
@@ -367,12 +367,12 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float, world: Worl
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter], world: World) -> Tensor:
-    """The common norm of all gradients, float32."""
+    """The joint norm of all gradients, float32."""
     return _norm(*_gradients(parameters), world)
 
 
 def _gradients(parameters: Iterable[nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-    """Those that are sharded, this rank's part of each, and those that are whole."""
+    """This rank's parts of the sharded gradients, and the whole ones."""
     found = [p.grad for p in parameters if p.grad is not None]
     sharded = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
     return sharded, [grad for grad in found if not isinstance(grad, DTensor)]

@@ -21,7 +21,7 @@ class Ema:
     def __init__(self, model: nn.Module, decay: float = 0.9999) -> None:
         self.decay = decay
         self.updates = 0
-        # A copy even where the parameter is float32 already.
+        # Copies even if the parameter is already float32.
         self.shadow = {
             name: p.detach().to(torch.float32, copy=True) for name, p in _trained(model).items()
         }

@@ -1,8 +1,8 @@
-"""Where each of our tensors stands in a published EVA-02 or EVA-CLIP file: declared, by name.
+"""Where to find each of our tensors in a published EVA-02 or EVA-CLIP file, declared by name.
 
-A layout lists rules, ours <- theirs, with what is taken of theirs. Several rules may name one tensor of
-ours (a fused or a split projection): the first whose source is in the file counts. Nothing is guessed
-from a shape, and a source tensor that no rule takes and no pattern ignores is an error.
+A layout lists rules, ours <- theirs, and which part of theirs is taken. Several rules may name the same
+tensor of ours (a fused or a split projection): the first whose source is in the file applies. Nothing is
+guessed from a shape, and a source tensor that no rule takes and no pattern ignores is an error.
 
 Names from timm's `eva.py` (EVA-02), open_clip's CLIP with a timm tower and EVA's own `eva_vit_model.py`
 (EVA-CLIP), and open_clip's text transformer. `{i}` stands for the number of a layer.
@@ -32,9 +32,9 @@ class Rule:
 class Layout:
     """How one kind of file names a tower.
 
-    `marker` is the tensor that tells the kind; tensors below `prefix` must all be known; `ignored`
-    those that mean nothing to us; `absent` ours that this kind of file may lack, which then keep
-    their first values.
+    `marker` is the tensor that identifies the kind; tensors below `prefix` must all be known; `ignored`
+    are those of no use to us; `absent` are ours that this kind of file may lack, which then keep their
+    initial values.
     """
 
     name: str
@@ -64,7 +64,7 @@ def whole(values: np.ndarray) -> np.ndarray:
 
 
 def row(values: np.ndarray) -> np.ndarray:
-    """[1, 1, D] -> [D], [1, N, D] -> [N, D]: leading ones off."""
+    """[1, 1, D] -> [D], [1, N, D] -> [N, D]: drop leading axes of length 1."""
     while values.ndim > 1 and values.shape[0] == 1:
         values = values[0]
     return values
@@ -75,11 +75,11 @@ def transposed(values: np.ndarray) -> np.ndarray:
 
 
 def share(number: int, count: int) -> Take:
-    """Number `number` of `count` equal runs of rows: of a fused projection."""
+    """Part `number` of `count` equal runs of rows of a fused projection."""
 
     def take(values: np.ndarray) -> np.ndarray:
         if len(values) % count:
-            raise ValueError(f"{len(values)} rows are not {count} equal runs")
+            raise ValueError(f"{len(values)} rows do not divide into {count} equal parts")
         size = len(values) // count
         return values[number * size : (number + 1) * size]
 
@@ -97,7 +97,7 @@ def _affine(target: str, source: str) -> tuple[Rule, ...]:
 
 
 def _eva_block(prefix: str) -> tuple[Rule, ...]:
-    """timm's names and EVA's own stand side by side: they differ inside attention and MLP only."""
+    """timm's names and EVA's own together: they differ only inside attention and MLP."""
     block = f"{prefix}blocks.{{i}}."
     attention, theirs = f"{_VISION}self_attn.", f"{block}attn."
     rules = [*_affine(f"{_VISION}layer_norm1", f"{block}norm1")]
@@ -119,7 +119,7 @@ def _eva_block(prefix: str) -> tuple[Rule, ...]:
     for number, (ours, split) in enumerate((("w1", "fc1_g"), ("w2", "fc1_x"))):
         rules += [*_affine(f"{mlp}{ours}", f"{theirs}{split}")]
         rules += _affine(f"{mlp}{ours}", f"{theirs}{ours}")
-        # timm packs gate and value where no norm stands behind them, the gate first.
+        # timm packs gate and value, the gate first, if no norm follows them.
         for kind in ("weight", "bias"):
             rules.append(Rule(f"{mlp}{ours}.{kind}", f"{theirs}fc1.{kind}", share(number, 2)))
     for source in ("fc2", "w3"):
@@ -138,14 +138,14 @@ def _eva_tower(prefix: str) -> tuple[Rule, ...]:
         Rule(f"{embeddings}.position_embedding.weight", f"{prefix}pos_embed", row),
         *_affine(f"{embeddings}.patch_embedding", f"{prefix}patch_embed.proj"),
         *_eva_block(prefix),
-        # Masked image modelling ends in `norm`, which timm calls `fc_norm` where it pools by mean.
+        # Masked image modelling ends in `norm`; timm calls it `fc_norm` if it pools by mean.
         *_affine("vision_model.post_layernorm", f"{prefix}norm"),
         *_affine("vision_model.post_layernorm", f"{prefix}fc_norm"),
     )
 
 
 _EVA_IGNORED = r"mask_token|lm_head\.(weight|bias)|(.*\.)?rope\..*"
-# EVA-02 has no norm inside attention; where a file lacks it, ours starts as a plain LayerNorm.
+# EVA-02 has no norm inside attention; if a file lacks it, ours starts as a plain LayerNorm.
 _INNER_NORM = r".*\.self_attn\.inner_attn_ln\.(weight|bias)"
 _K_BIAS = r".*\.self_attn\.k_proj\.bias"
 _FFN_NORM = r"vision_model\..*\.mlp\.ffn_ln\.(weight|bias)"
@@ -169,7 +169,7 @@ EVA02 = Layout(
     prefix="",
     rules=_eva_tower(""),
     absent=re.compile("|".join((_K_BIAS, _INNER_NORM, _FFN_NORM, _PROJECTION))),
-    # A classifier that fine-tuning put on top says nothing about texts.
+    # The classifier of a fine-tuned model has no counterpart here.
     ignored=re.compile(rf"{_EVA_IGNORED}|head\.(weight|bias)"),
 )
 OPEN_CLIP = _eva_clip("EVA-CLIP (open_clip's names)", "visual.trunk.")
@@ -187,7 +187,7 @@ def _open_clip_text() -> tuple[Rule, ...]:
         *_affine(f"{_TEXT}mlp.fc1", f"{block}mlp.c_fc"),
         *_affine(f"{_TEXT}mlp.fc2", f"{block}mlp.c_proj"),
         *_affine("text_model.final_layer_norm", "text.ln_final"),
-        # A bare parameter multiplies from the right; a linear layer, where it has a bias, does not.
+        # A bare parameter multiplies from the right and must be transposed; a linear layer (with a bias) need not.
         Rule("text_projection.weight", "text.text_projection", transposed),
         *_affine("text_projection", "text.text_projection"),
     ]

@@ -30,11 +30,11 @@ from qlip_torch.train.strict import to_toml
 
 
 def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -> Path:
-    """Write the newest model of a run, whatever its stage and step, as a checkpoint folder `out`; of a
-    generator's run, as a generator's folder.
+    """Write the newest model of a run, whatever its stage and step, as a checkpoint folder `out` (for a
+    generator's run, a generator's folder).
 
-    dtype: how the weights are stored, float32, float16 or bfloat16. Raises CheckpointError where the
-    run has no checkpoint yet.
+    dtype: how the weights are stored, float32, float16 or bfloat16. Raises CheckpointError if the run has
+    no checkpoint yet.
     """
     run = Path(run_folder)
     for folder in stage_folders(run):
@@ -47,7 +47,7 @@ def export(run_folder: str | Path, out: str | Path, *, dtype: str = "float32") -
 
 
 def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
-    """The newest checkpoint of a stage's folder as a model: its moving average where it keeps one.
+    """The newest checkpoint of a stage's folder as a model: the moving average if it keeps one.
 
     After stage 2, text tower and encoder are those it started from, bit for bit.
     """
@@ -57,7 +57,7 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     start = open_checkpoint(folder / "start").tensors() if state["stage"] == 2 else {}
     weights = _weights(path, shapes, start)
     recipe, tokenizer = state["recipe"], _tokenizer(folder, state)
-    # What is derived from a checkpoint keeps the licence that the checkpoint stated.
+    # A model derived from a checkpoint keeps the licence that the checkpoint states.
     derived = state["stage"] == 2 or recipe["start"]["checkpoint"]
     licence = stated(tokenizer, "license") if derived else None
     front = [f"license: {licence}"] if licence else []
@@ -74,13 +74,13 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
         dtype=dtype,
         tokenizer_from=tokenizer,
         card="\n".join(lines) + "\n",
-        beside={RECIPE: to_toml(recipe)},  # what it was trained by
+        beside={RECIPE: to_toml(recipe)},
     )
 
 
 def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
-    """The newest checkpoint of a generator's run as a generator's folder: its moving average where it
-    keeps one."""
+    """The newest checkpoint of a generator's run as a generator's folder: the moving average if it keeps
+    one."""
     path, state = _newest(folder)
     config = GeneratorConfig.from_dict(state["config"])
     shapes = {name: spec.shape for name, spec in generator_architecture(config).items()}
@@ -97,8 +97,8 @@ def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path
 def _weights(
     path: Path, shapes: Mapping[str, tuple[int, ...]], start: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Every tensor of a model, float32: its moving average where the checkpoint has one (what is frozen has
-    none), else the model's own, else, of what a stage left alone, the `start`'s."""
+    """Every tensor of a model, float32: its moving average if the checkpoint has one (frozen tensors have
+    none), else the model's own, else, for parts that the stage did not touch, the one in `start`."""
     kept = tensor_sizes(path)
     found: dict[str, Tensor] = {}
     for name, shape in shapes.items():
@@ -112,8 +112,8 @@ def _weights(
 
 
 def _tokenizer(folder: Path, state: dict[str, Any]) -> Path:
-    """Where the tokenizer of a stage's run is, also where the run has been moved since. Raises CheckpointError
-    where it is gone."""
+    """Where the tokenizer of a stage's run is, even if the run has been moved. Raises CheckpointError if it is
+    gone."""
     path = Path(state["tokenizer"])
     if state["stage"] == 2:
         path = folder / "start"
@@ -121,7 +121,7 @@ def _tokenizer(folder: Path, state: dict[str, Any]) -> Path:
         path = own
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise CheckpointError(
-            f"{folder}: the tokenizer it was trained with is not in {path} any more: put it back there"
+            f"{folder}: the tokenizer it was trained with is no longer in {path}: put it back there"
         )
     return path
 

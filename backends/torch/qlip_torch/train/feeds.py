@@ -1,13 +1,13 @@
-"""What runs in a data worker: raw samples in their order, prepared and collated into parts of batches.
+"""What runs in a data worker: it reads samples in order, prepares them and collates them into parts of batches.
 
-Two feeds, by what the sources allow. Legend: B rows of the global batch, W ranks, V lanes.
+The sources decide which of two feeds is used. Legend: B rows of the global batch, W ranks, V lanes.
 
 - `IndexedFeed` for sources with random access (the emoji set, folders): row j of global batch k is
   sample k*B + j of one global order, whatever W and the number of workers; rank r has a contiguous slice.
-- `LaneFeed` as soon as one source is a stream (tars, parquet): V lanes, each an endless shuffled stream
-  over its own share of the shards; a global batch is B/V rows of every lane, rank r has a contiguous
-  slice of the lanes, and its workers share that. So batches depend on V, not on W or the workers.
-  Rows leave a worker in pieces, which are all of one lane and lie within one micro-batch.
+- `LaneFeed` if any source is a stream (tars, parquet): V lanes, each an endless shuffled stream over its
+  own share of the shards; a global batch is B/V rows of every lane, rank r has a contiguous slice of the
+  lanes, and its workers share those. So batches depend on V, not on W or the workers.
+  Workers hand over rows in pieces; a piece is from one lane and for one micro-batch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from qlip_torch.train.lanes import ShuffledStream, StreamSource
 from qlip_torch.train.order import Mixture, epoch_index
 from qlip_torch.train.pictures import Batch, Preparer
 
-# As many unusable samples in a row are no accident: stop and say so.
+# This many unusable samples in a row are no coincidence, so stop with an error.
 MAX_BAD_IN_A_ROW = 1000
 
 Row = tuple[str, np.ndarray, str]
 
 
 class IndexedSource(Protocol):
-    """Samples by number. `count` is None where they never end."""
+    """Samples by number. `count` is None if there is no end to them."""
 
     @property
     def location(self) -> str: ...
@@ -48,7 +48,7 @@ class IndexedSource(Protocol):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A sample that was drawn and not decoded: uint8 [H, W, 3]."""
+    """A sample that was drawn rather than decoded: uint8 [H, W, 3]."""
 
     key: str
     image: np.ndarray
@@ -57,21 +57,21 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Part:
-    """What a worker hands over: rows of one micro-batch (None: this worker has none in this turn), the bad
-    samples met on the way, and, from a `LaneFeed`, where the lane stands after them."""
+    """What a worker hands over: rows of one micro-batch (None: this worker has none this turn), the bad
+    samples found on the way, and, from a `LaneFeed`, the lane's position after them."""
 
     batch: Batch | None
     bad: list[Bad]
     lanes: dict[str, Any]
 
     def pin_memory(self) -> Part:
-        """What the loader calls for a run on a GPU."""
+        """Called by the loader if there is a GPU."""
         return self if self.batch is None else replace(self, batch=self.batch.pin_memory())
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker's QlipError, sent as a value: raised in a worker it would arrive as a wrapped traceback."""
+    """A worker's QlipError, sent as a value, since raised in a worker it would arrive as a wrapped traceback."""
 
     worker: int
     message: str
@@ -117,10 +117,10 @@ class IndexedFeed(IterableDataset[Part | Failure]):
 
 
 class LaneFeed(IterableDataset[Part | Failure]):
-    """This worker's lanes' rows of every batch of this rank, in pieces.
+    """The rows that this worker's lanes contribute to every batch of this rank, in pieces.
 
-    Every lane gives `rows` of a global batch, in `rows / piece` turns over all of this rank's lanes; in
-    a turn the workers deliver in the order of the lanes, so that what comes does not depend on their number.
+    Every lane contributes `rows` to a global batch, in `rows / piece` turns over all of this rank's lanes. In
+    a turn the workers deliver in the order of the lanes, so batches do not depend on the number of workers.
     """
 
     def __init__(
@@ -137,7 +137,8 @@ class LaneFeed(IterableDataset[Part | Failure]):
         buffer_bytes: int,
         states: dict[str, Any],
     ):
-        """`mixtures`: by lane, for this rank's lanes of `lanes` in all; `rows`: B/V, which `piece` divides."""
+        """`mixtures`: by lane, for this rank's lanes; `lanes`: number of all lanes; `rows`: B/V, a multiple of
+        `piece`."""
         self._sources, self._mixtures, self._preparer = sources, mixtures, preparer
         self._seed, self._turns, self._piece, self._lanes = seed, rows // piece, piece, lanes
         self._buffer, self._buffer_bytes, self._states = buffer, buffer_bytes, states
@@ -147,7 +148,7 @@ class LaneFeed(IterableDataset[Part | Failure]):
         return guarded(self._parts(worker, workers), worker)
 
     def _parts(self, worker: int, workers: int) -> Iterator[Part]:
-        # The loader takes one part of each worker in turn: every worker has as many, some of them empty.
+        # The loader takes one part from each worker in turn, so all must give equally many; some are empty.
         mine = sorted(self._mixtures)[worker::workers]
         idle = -(-len(self._mixtures) // workers) - len(mine)
         lanes = [self._lane(lane) for lane in mine]
@@ -189,7 +190,7 @@ class LaneFeed(IterableDataset[Part | Failure]):
 
 
 class _Lane:
-    """One lane: which source is next, and its next usable row."""
+    """One lane: picks the next source and reads its next usable row."""
 
     def __init__(
         self,
@@ -244,8 +245,8 @@ def indexed_row(
 ) -> Row:
     """The row at `position` of a source's endless order.
 
-    The place of a bad sample goes to another one, drawn from all by the row's ordinal: moving every later
-    sample up by one would make each rank's slice depend on what the others found.
+    A bad sample is replaced by another, drawn from all samples by the row's ordinal: moving every later sample
+    up by one would make each rank's slice depend on what the others found.
     """
     count = source.count
     if count is None:
@@ -265,7 +266,7 @@ def first_usable(
     preparer: Preparer,
     bad: list[Bad],
 ) -> Row:
-    """The first row that `read` yields and that decodes; the others go to `bad`."""
+    """The first row from `read` that decodes; failures before it go to `bad`."""
     for _ in range(MAX_BAD_IN_A_ROW):
         found = read()
         if isinstance(found, Bad):

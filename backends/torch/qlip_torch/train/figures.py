@@ -38,10 +38,12 @@ _TITLES = {
 
 
 def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> float:
-    """A PNG with the images, uint8 [B, 3, S, S], in the upper row, and below their reconstructions,
-    normalised [B, 3, S, S]. Returns the mean of their PSNR in dB."""
-    made = Preprocessing(pixels.shape[-1]).to_images(reconstruction.detach().float().cpu().numpy())
-    rows = pixels.permute(0, 2, 3, 1).numpy(), made
+    """Save a PNG with the images, uint8 [B, 3, S, S], in the upper row and their reconstructions, normalised
+    [B, 3, S, S], below. Returns their mean PSNR in dB."""
+    reconstructions = Preprocessing(pixels.shape[-1]).to_images(
+        reconstruction.detach().float().cpu().numpy()
+    )
+    rows = pixels.permute(0, 2, 3, 1).numpy(), reconstructions
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         Image.fromarray(sheet(np.concatenate(rows), len(pixels))).save(file, "png")
@@ -49,7 +51,7 @@ def save_comparison(path: Path, pixels: Tensor, reconstruction: Tensor) -> float
 
 
 def sheet(pictures: np.ndarray, columns: int) -> np.ndarray:
-    """Pictures uint8 [count, S, S, 3] in rows of so many, enlarged to about 128 pixels where they are smaller."""
+    """Pictures uint8 [count, S, S, 3] in rows of `columns`, smaller ones enlarged to about 128 pixels."""
     count, side = pictures.shape[:2]
     scale = max(1, 128 // side)
     step, columns = side * scale + _GAP, min(columns, count)
@@ -63,9 +65,9 @@ def sheet(pictures: np.ndarray, columns: int) -> np.ndarray:
 
 
 def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
-    """Curves of `metrics.jsonl`'s lines as a PNG; False where matplotlib is not installed.
+    """Save curves of `metrics.jsonl`'s lines as a PNG; False if matplotlib is not installed.
 
-    Of a step that was done twice, before and after a run was cut off, the last line counts.
+    If a step was repeated after an interruption, its last line counts.
     """
     try:
         from matplotlib.axes import Axes
@@ -77,7 +79,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
 
     def logarithmic(axis: Axes) -> None:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())  # 0.1 and not 10^-1
+        axis.yaxis.set_major_formatter(LogFormatter())  # 0.1, not 10^-1
         axis.yaxis.set_minor_formatter(LogFormatter())
 
     def labelled(axis: Axes) -> None:
@@ -102,7 +104,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
     rows = -(-(len(series) + bool(probed)) // columns)
     width, height = 4.5 * columns, 2.8 * rows
     figure = Figure(figsize=(width, height))
-    # Margins in inches, wide enough for all labels: a layout that looks for them draws everything twice.
+    # Fixed margins in inches, wide enough for all labels: automatic layout draws everything twice.
     figure.subplots_adjust(
         0.65 / width, 0.5 / height, 1 - 0.15 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.42
     )

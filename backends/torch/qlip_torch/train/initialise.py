@@ -1,10 +1,10 @@
-"""First weights from published towers (SPEC section 3): EVA-02, EVA-CLIP, or another QLIP checkpoint.
+"""Initial weights from published towers (SPEC section 3): EVA-02, EVA-CLIP, or another QLIP checkpoint.
 
     arrays, report = initialise(config, visual="timm/eva02_base_patch14_224.mim_in22k",
                                 text="timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k", seed=0)
 
-EVA's images are normalised with CLIP's mean and deviation and its rotary positions are those of SPEC 1.2,
-so nothing but the patch kernel and the position table depends on the size of images.
+EVA's images are normalised with CLIP's mean and deviation, and its rotary positions are those of SPEC 1.2,
+so only the patch kernel and the position table depend on the image size.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ _SHARD = re.compile(r"(.+)-\d+-of-\d+\.safetensors")
 
 @dataclass(frozen=True)
 class Report:
-    """What became of each tensor of the model (by our names) and of the file (by theirs)."""
+    """What was done with each tensor of the model (by our names) and of the file (by theirs)."""
 
     sources: Mapping[str, str] = field(default_factory=dict)
-    """Tower -> which file, in which layout."""
+    """Tower -> its file and layout."""
     used: tuple[str, ...] = ()
-    """Taken as they are."""
+    """Copied unchanged."""
     resampled: Mapping[str, str] = field(default_factory=dict)
-    """Taken and made to fit: name -> how."""
+    """Copied and made to fit: name -> how."""
     left: Mapping[str, str] = field(default_factory=dict)
-    """Kept at their first values: name -> why."""
+    """Kept at their initial values: name -> why."""
     ignored: tuple[str, ...] = ()
-    """Tensors of the files that mean nothing to this model."""
+    """Tensors of the files that this model has no use for."""
 
     def lines(self) -> list[str]:
         """The report as text, layers of a tower together."""
@@ -71,7 +71,7 @@ class Report:
 def initialise(
     config: QLIPConfig, visual: str | Path = "", text: str | Path = "", seed: int = 0
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """All weights of a model, float32 by published name: of the towers given, else random.
+    """All weights of a model, float32 by published name: from the given towers, else random.
 
     visual: where the visual encoder comes from: EVA-02 (timm's names), EVA-CLIP (open_clip's names, or
     its own) or a QLIP checkpoint. text: where the text tower comes from: EVA-CLIP (open_clip's names) or
@@ -80,7 +80,7 @@ def initialise(
     config's value, whatever the files say, because the pairing of the two towers is new.
 
     Raises CheckpointError for a file of no known layout, tensors that are missing, unexpected, misshapen
-    or not finite, and a bias of keys that the model has no place for.
+    or not finite, and a key bias that the model has no place for.
     """
     arrays = init_weights(config, seed)
     table = architecture(config)
@@ -128,7 +128,7 @@ def _layouts(part: str, config: QLIPConfig) -> tuple[Layout, ...]:
 
 
 class _Tower:
-    """One tower read from a file: our arrays, and what became of each tensor."""
+    """One tower read from a file: our arrays, and what was done with each tensor."""
 
     def __init__(
         self, config: QLIPConfig, file: _Files, layout: Layout, part: str, where: str
@@ -150,11 +150,11 @@ class _Tower:
                 consumed.add(rule.source)
                 self._take(rule, file, specs[rule.target].shape)
             elif rule.target not in specs and rule.target.endswith(_K_BIAS):
-                # A bias of keys shifts all scores of a query alike and softmax forgets it, but not
-                # under rotation; ours without one is the same model only where theirs is zero.
+                # A key bias shifts all scores of a query equally, which softmax cancels, except under
+                # rotation; so a model without one is equal to theirs only if theirs is zero.
                 consumed.add(rule.source)
                 if tower.rope and np.any(self._values(rule, file)):
-                    self.problems.append(f"{rule.source} has a bias of keys, this model has none")
+                    self.problems.append(f"{rule.source} has a key bias, this model has none")
         for name in specs:
             if name in self.arrays or name in self.left:
                 continue
@@ -203,7 +203,7 @@ class _Tower:
             self.used.append(name)
 
     def _fit(self, name: str, values: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, str]:
-        """The values made to fit, and how ("" where they are as they were)."""
+        """The values made to fit, and how ("" if unchanged)."""
         if values.shape == shape:
             return values, ""
         if name == _PATCH and values.ndim == 4 and values.shape[:2] == shape[:2]:
@@ -239,7 +239,7 @@ class _Files:
 
 
 def _find(source: str, tower: str, layouts: tuple[Layout, ...]) -> tuple[_Files, Layout]:
-    """The weights behind a path or hub id that hold this tower, and their layout."""
+    """The weights for this tower at a path or hub id, and their layout."""
     path = find_model(source)
     if path.is_file():
         groups = {path.name: [path]}

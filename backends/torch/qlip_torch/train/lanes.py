@@ -1,10 +1,10 @@
 """A lane's endless walk through its share of a source's shards, shuffled in a buffer of bounded memory.
 
 The buffer is filled and emptied in chunks: consecutive samples are read until it is full, then handed out
-in an order drawn for that chunk, while the next chunk is read into the room they leave. Where the walk
-stands is thus four numbers (where the chunk began, and how many of it are out), and going back there reads
-one chunk again without decoding a picture. A reservoir would shuffle a little better, but what it holds
-can be restored only by storing it or by reading everything since the start.
+in an order drawn for that chunk, while the next chunk is read into the space they leave. The position is
+thus four numbers (where the chunk began, and how many of its samples are out), and returning to it reads
+one chunk again without decoding a picture. A reservoir would shuffle a little better, but its contents
+could be restored only by storing them or by reading everything since the start.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qlip_core.data.samples import Bad, Sample
 from qlip_core.errors import DataError
 from qlip_torch.train.order import permute
 
-# A lane may find nothing in its share of a tiny set; its share of the next pass is another one.
+# A lane may find nothing in its share of a tiny set; in the next pass it has a different share.
 _MAX_EMPTY_PASSES = 100
 
 Cursor = tuple[int, int, int]
@@ -47,10 +47,9 @@ class StreamSource(Protocol):
 class ShuffledStream:
     """Lane `lane` of `lanes` of a source.
 
-    In every pass over the source each of its samples comes once, in one lane: the shards are dealt out in
-    an order drawn for that pass. With fewer shards than lanes a shard is shared, sample by sample, by
-    several lanes that each read through it. At most `buffer` samples are held, and not more than
-    `buffer_bytes` beside the one that crosses the limit.
+    In every pass over the source each sample comes once, in one lane: the shards are dealt out to lanes in
+    an order drawn for that pass. With fewer shards than lanes, several lanes read through the same shard and
+    share its samples. It holds at most `buffer` samples, and at most `buffer_bytes` plus one sample.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class ShuffledStream:
         self._buffer, self._buffer_bytes = buffer, buffer_bytes
         self._parts = -(-lanes // len(source.shards))
         state = state or {"pass": 0, "shard": 0, "sample": 0, "chunk": 0, "popped": 0}
-        # Where the chunk that is handed out began, the one that is read, and where the walk is.
+        # Where the chunk being handed out began, where the one being read began, and the position.
         self._begin = self._begin_next = self._cursor = (
             state["pass"],
             state["shard"],
@@ -84,7 +83,7 @@ class ShuffledStream:
             self.pop()
 
     def state(self) -> dict[str, int]:
-        """Where this stands, in JSON types."""
+        """The position, in JSON types."""
         at_pass, shard, sample = self._begin
         return {
             "pass": at_pass,
@@ -95,7 +94,7 @@ class ShuffledStream:
         }
 
     def pop(self) -> Sample | Bad:
-        """The next sample. Raises DataError if the source cannot be read, or holds nothing."""
+        """The next sample. Raises DataError if the source cannot be read or is empty."""
         passes = 0
         while not self._out:
             while not self._closed:
@@ -115,7 +114,7 @@ class ShuffledStream:
         return item
 
     def _turn(self) -> None:
-        """The chunk that was read becomes the one that is handed out."""
+        """Start handing out the chunk that was read."""
         self._chunk, self._turned, self._popped = self._chunk + self._turned, True, 0
         key = np.array([stable_hash(f"{self._stream} lane {self._lane}"), self._chunk], np.uint64)
         order = np.argsort(np.random.Philox(key=key).random_raw(len(self._next)), kind="stable")
@@ -126,12 +125,12 @@ class ShuffledStream:
     def _read_one(self) -> None:
         self._cursor, item = next(self._walk)
         if item is None:
-            # A chunk never spans two passes, or a small set would meet itself in the buffer.
+            # A chunk never spans two passes, or the buffer could hold the same sample twice.
             self._closed = True
         else:
             if isinstance(item, Sample):
                 size = len(item.image_bytes) + len(item.caption)
-                item = replace(item, meta={})  # not for training
+                item = replace(item, meta={})  # training does not need it
             else:
                 size = 0
             self._next.append((item, size))
@@ -139,7 +138,7 @@ class ShuffledStream:
             self._closed = len(self._next) >= self._buffer or self._next_bytes >= self._buffer_bytes
 
     def _walk_from(self, cursor: Cursor) -> Iterator[tuple[Cursor, Sample | Bad | None]]:
-        """Every sample from `cursor` on with the cursor after it; None at the end of each pass."""
+        """Every sample from `cursor` on, with the cursor after it; None at the end of each pass."""
         at_pass, number, sample = cursor
         units = len(self._source.shards) * self._parts
         while True:

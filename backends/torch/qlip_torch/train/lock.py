@@ -1,6 +1,6 @@
-"""One run at a time in a folder: two that write there would destroy each other's record.
+"""Lets only one run write to a folder at a time: two would destroy each other's records.
 
-The system lets go of the lock when the process that holds it ends, however it ends.
+The system releases the lock when the process that holds it ends, however it ends.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-# The data processes of a trainer that was killed hold its lock until they see that it is gone.
+# After a trainer is killed, its data processes hold the lock until they notice.
 _PATIENCE = 5.0
 
 
 @contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be. Goes on without where the system or the file system has no
-    locks. Raises RecipeError, naming the other process, where a run holds it already."""
+    """Lock the folder, which is created if needed. If the system or the file system has no locks, go on without.
+    Raises RecipeError, naming the other process, if a run already holds the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
         yield

@@ -1,4 +1,4 @@
-"""The training loop: batches in, steps, what is shown, what is kept."""
+"""The training loop: batches, steps, progress, checkpoints."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from qlip_torch.train.stage import StepReport
 
 
 class Interrupted(QlipError):
-    """A signal asked the run to stop: it did, with a checkpoint. `exit_code` is 128 + the signal."""
+    """A signal stopped the run, which wrote a checkpoint. `exit_code` is 128 + the signal's number."""
 
     def __init__(self, step: int, exit_code: int) -> None:
-        super().__init__(f"stopped after step {step} with a checkpoint; go on with --resume")
+        super().__init__(f"stopped after step {step} with a checkpoint; continue with --resume")
         self.exit_code = exit_code
 
 
 class Described(Protocol):
-    """A recipe or a configuration, as a checkpoint remembers it."""
+    """A recipe or a configuration, as checkpoints store it."""
 
     def to_dict(self) -> dict[str, Any]: ...
 
@@ -50,7 +50,7 @@ class Trained(Protocol):
 
 
 class Feed(Protocol):
-    """Micro-batches of this rank without end, and where they have come to."""
+    """Endless micro-batches of this rank, and the position in them."""
 
     def __next__(self) -> Any: ...
     def state_dict(self) -> dict[str, Any]: ...
@@ -66,7 +66,7 @@ class Parts:
     pictures: int
     """Steps between pictures; 0 is never."""
     gradients: int
-    """Steps between looks at the gradient of each loss; 0 is never."""
+    """Steps between measurements of each loss's gradient; 0 is never."""
     tokenizer_folder: Path
     stage: Trained
     loader: Feed
@@ -75,14 +75,15 @@ class Parts:
     metrics: Metrics | None
     """On the first rank."""
     show: Callable[[int], float | None]
-    """Pictures after so many steps, and on the first rank their PSNR if they have one; every rank calls it."""
+    """Makes pictures after the given number of steps; on the first rank returns their PSNR if they have one.
+    Every rank calls it."""
 
 
 def resumed(
     folder: Path, settings: CheckpointRecipe, stage: Trained
 ) -> tuple[Checkpoints, int, list[dict[str, Any]]]:
-    """The checkpoints in a stage's folder, the steps that the newest one has done, which is read into `stage`, and
-    where each rank's data stood then; 0 and [] where there is none."""
+    """Read the newest checkpoint in a stage's folder, if any, into `stage`. Returns the folder's checkpoints,
+    the steps done by then, and each rank's data position; 0 and [] if there is none."""
     checkpoints = Checkpoints(
         folder / "checkpoints",
         keep=settings.keep,
@@ -100,7 +101,7 @@ def resumed(
 def metrics_of(
     stage: Trained, folder: Path, every: int, *, start: int, code_dim: int, flops: float
 ) -> Metrics | None:
-    """The record of a stage from step `start` on, `flops` being those of an image; the first rank's alone."""
+    """The record of a stage from step `start` on, on the first rank only; `flops` are those of an image."""
     world = stage.world
     if not world.is_first:
         return None
@@ -120,7 +121,7 @@ def metrics_of(
 
 
 def train_stage(parts: Parts, start: int, until: int) -> None:
-    """Steps `start` to `until` (exclusive), from the state the parts are in, ending in a checkpoint.
+    """Run steps `start` to `until` (exclusive) from the parts' current state, ending with a checkpoint.
 
     Raises NonFiniteError when a term is not finite (the last checkpoint is kept), Interrupted after
     a signal.
@@ -145,7 +146,7 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
         if stopping:
             parts.checkpoints.wait()
             raise Interrupted(done, parts.stop.exit_code)
-        if pictures:  # after the checkpoint, which they may take longer than
+        if pictures:  # after the checkpoint, because pictures may take longer
             began = time.perf_counter()
             decibels = parts.show(done)
             if parts.metrics is not None:
@@ -156,7 +157,7 @@ def train_stage(parts: Parts, start: int, until: int) -> None:
 
 
 def save(parts: Parts, done: int) -> None:
-    """A checkpoint of everything that the next step depends on."""
+    """Write a checkpoint of everything that the next step depends on."""
     stage = parts.stage
     state = {
         "stage": stage.number,

@@ -1,4 +1,4 @@
-"""What a model in training remembers between steps, by names that do not depend on the number of ranks."""
+"""The state of a model in training between steps, by names that do not depend on the number of ranks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ class Memory:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, decay: float, *, trained_only: bool
     ) -> None:
-        """decay: of the moving average, `ema`; 0 is none. trained_only: without the weights that are frozen,
-        which lie elsewhere."""
+        """decay: of the moving average, `ema`; 0 is none. trained_only: leave out frozen weights, which are
+        stored elsewhere."""
         self.ema = Ema(model, decay) if decay else None
         self.optimizers = [optimizer]
         fill_state(optimizer)
         self._parts = [("model", "optimizer", model, optimizer, trained_only)]
 
     def add(self, name: str, module: nn.Module, optimizer: Optimizer) -> None:
-        """Another network that is trained beside the model."""
+        """Include another network that is trained along with the model."""
         self.optimizers.append(optimizer)
         fill_state(optimizer)
         self._parts.append((name, f"{name}_optimizer", module, optimizer, False))
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it, as it lies on this rank: to save, or to load into."""
+        """All tensors, as held by this rank, to save or to load into."""
         out: dict[str, Tensor] = {}
         for weights, states, module, optimizer, trained_only in self._parts:
             for name, p in module.named_parameters():
@@ -44,7 +44,7 @@ class Memory:
         return out
 
     def numbers(self) -> dict[str, Any]:
-        """What is no tensor, as JSON types."""
+        """The state that is not tensors, in JSON types."""
         return {"ema_updates": self.ema.updates if self.ema is not None else 0}
 
     def restore_numbers(self, numbers: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Seeing a run train: one live line, metrics as JSON lines, TensorBoard where it is installed.
+"""A run's progress: one live line, metrics as JSON lines, and TensorBoard if it is installed.
 
 `metrics.jsonl` has one object a line; docs/training.md has the table of its fields.
 """
@@ -23,13 +23,13 @@ from qlip_torch.train.stage import StepReport
 from qlip_torch.train.throughput import matmul_rate, peak_memory, size_text
 
 METRICS = "metrics.jsonl"
-# Without a terminal a line is written now and then, for the log of a batch job.
+# Without a terminal, a line is written every so many seconds, for the log of a batch job.
 QUIET_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What an image costs and what the device can do, for utilisation."""
+    """What an image costs and what the device can do, to compute utilisation."""
 
     flops: float
     """Model FLOPs of one image's training step."""
@@ -46,7 +46,7 @@ class Speed:
 
 
 class Metrics:
-    """The first rank's record of a stage; the other ranks need none."""
+    """The record of a stage, kept by the first rank only."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Metrics:
         self._step, self._time = start, time.perf_counter()
         self._begin = (start, self._time)
         self._rate, self._waited = 0.0, 0.0
-        self._told = 0
+        self._reported = 0
 
     def record(
         self,
@@ -86,9 +86,9 @@ class Metrics:
         waited: float = 0.0,
         always: bool = False,
     ) -> None:
-        """After `done` steps: a line of JSON every so many steps, and the live line. `position` gives the
-        data's, which counts and names the samples that were skipped on this rank; `waited` the seconds that
-        this step waited for its data; `always`: a line of JSON in any case."""
+        """Record a step, `done` steps in: a line of JSON every so many steps, and the live line. `position`
+        returns the data's position, which counts and names the samples skipped on this rank; `waited` is the
+        seconds that this step waited for data; `always` writes the line of JSON in any case."""
         now = time.perf_counter()
         self._waited += waited
         last = done == self._steps
@@ -107,16 +107,16 @@ class Metrics:
             self._show(done, report)
 
     def _skipped(self, bad: dict[str, Any] | None) -> dict[str, int]:
-        """Counts by reason so far; those that are named and new are told."""
+        """Counts by reason so far; prints the named ones that are new."""
         if not bad:
             return {}
-        for named in bad["named"][self._told :]:
+        for named in bad["named"][self._reported :]:
             sys.stderr.write(("\n" if self._terminal else "") + f"skipped: {named}\n")
-        self._told = max(self._told, len(bad["named"]))
+        self._reported = max(self._reported, len(bad["named"]))
         return bad["counts"]
 
     def leave_out(self, seconds: float) -> None:
-        """Count so many seconds (of pictures) neither as training time nor in the images a second."""
+        """Exclude these seconds (spent on pictures) from training time and images a second."""
         self._time += seconds
 
     def _values(self, done: int, report: StepReport) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Metrics:
         return report.terms["codebook_entropy"] / math.log(2) / self._code_dim
 
     def amend(self, values: dict[str, Any]) -> None:
-        """Add what was found since to the last line of JSON."""
+        """Add values to the last line of JSON."""
         begin, done, before = self._last
         self._file.truncate(begin)
         self._write(done, {**before, **values})
@@ -168,7 +168,7 @@ class Metrics:
                 self._board.add_scalar(f"{self._stage.replace(' ', '')}/{name}", value, done)
 
     def line(self, done: int, report: StepReport, width: int | None = None) -> str:
-        """The live line, what matters most first: of its pieces as many as fit into `width`, None for all."""
+        """The live line, most important first: as many of its parts as fit into `width` (None: all)."""
         pieces = [
             f"{self._stage}  {done}/{self._steps}",
             f"  ETA {self._remaining(done)}",
@@ -215,7 +215,7 @@ class Metrics:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a stage's `metrics.jsonl`, a cut last one left out; [] where there is none."""
+    """The lines of a stage's `metrics.jsonl`, without an incomplete last one; [] if there is no file."""
     path = Path(folder) / METRICS
     return list(_lines(path)) if path.is_file() else []
 
@@ -231,7 +231,7 @@ def duration(seconds: float) -> str:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop lines beyond the step that a run resumes from: they will be written again."""
+    """Drop lines after the step that a run resumes from; they will be written again."""
     if not path.is_file():
         return
     kept = [json.dumps(line) for line in _lines(path) if line["step"] <= step]
@@ -242,7 +242,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
-        except ValueError:  # the line that a killed run was writing
+        except ValueError:  # the line being written when a run was killed
             return
 
 
@@ -267,5 +267,5 @@ def _tensorboard(folder: Path, start: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    # What was told of later steps than the run goes on from is hidden, as `_forget_after` drops it.
+    # Hides the steps after the one that the run resumes from, as `_forget_after` drops them.
     return SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)

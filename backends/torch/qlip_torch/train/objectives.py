@@ -1,8 +1,8 @@
 """What stage 1 minimises: reconstruction, the quantizer's entropies and commitment, alignment.
 
-Legend: B images, N patches, L bits, g bits a group, G = L/g groups, T = B*N tokens, t the inverse
-temperature, u the unit vectors before the sign. Each function says its equation. All of them
-compute in float32 whatever autocast says (float64 stays float64, for gradient checks).
+Legend: B images, N patches, L bits, g bits per group, G = L/g groups, T = B*N tokens, t the inverse
+temperature, u the unit vectors before the sign. Each docstring has the equation. All functions
+compute in float32 even under autocast (float64 stays float64, for gradient checks).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlip_torch.train.collectives import gather_rows, mean_over_ranks
 from qlip_torch.train.precision import exactly, lifted
 
 CHUNK_BYTES, ENTROPY_BYTES = 16 * 2**20, 100 * 2**20
-"""Half-group joints of one chunk of tokens, and about what `bsq_entropy` uses in all: backward holds six times
+"""Half-group joints of one chunk of tokens, and roughly the total of `bsq_entropy`: backward holds six times
 as much."""
 CHUNK_ROWS = 2048
 """Rows whose logits `info_nce` makes at a time."""
@@ -50,12 +50,12 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     """`1 - SSIM` of [B, 3, S, S] in [-1, 1], the mean over images: 0 for equal ones.
 
     Wang et al. 2004, as `qlip_core.metrics.ssim` measures it (Gaussian window of 11 pixels and deviation
-    1.5, no padding, mean over places and channels), on unrounded values. Not a loss of the paper, whose
-    perceptual one is LPIPS; for machines that have no weights of that.
+    1.5, no padding, mean over positions and channels), on unrounded values. The paper's perceptual loss is
+    LPIPS; this one is for machines without LPIPS' weights.
     """
     _same_shape("ssim", reconstruction, target)
     with exactly(reconstruction.device):
-        # From 0 up: its first factor compares means by their ratio.
+        # Shifted to start at 0, because SSIM's first factor compares means by their ratio.
         x, y = ((lifted(image) + 1) / 2 for image in (reconstruction, target))
         rows, columns = (_gaussian_rows(size, x) for size in x.shape[-2:])
         maps = torch.stack((x, y, x * x, y * y, x * y))
@@ -67,7 +67,7 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
 
 
 def _gaussian_rows(size: int, like: Tensor) -> Tensor:
-    """The blur of `size` pixels along one axis as a matrix [size - window + 1, size]."""
+    """The blur of `size` pixels along one axis, as a matrix [size - window + 1, size]."""
     window = min(11, size)
     offsets = torch.arange(window, dtype=like.dtype, device=like.device) - (window - 1) / 2
     kernel = (-(offsets**2) / (2 * 1.5**2)).exp()
@@ -82,7 +82,7 @@ def _gaussian_rows(size: int, like: Tensor) -> Tensor:
 class BsqEntropy:
     """The terms of `bsq_entropy`, scalars, entropies in nats.
 
-    `total` is what is minimised; `commitment` itself is not weighted.
+    `total` is minimised; `commitment` is without its weight.
     """
 
     per_sample: Tensor
@@ -115,10 +115,9 @@ def bsq_entropy(
         total      = penalty / t + beta * commitment
 
     where A [T, 2^(g//2)] and B [T, 2^(g - g//2)] are the joints of a group's two halves. They are
-    built chunk by chunk and built again in backward, so memory does not grow with T beyond u and
-    its gradient.
+    computed chunk by chunk and recomputed in backward, so that only u and its gradient grow with T.
 
-    `per_bit` takes every bit as its own group (the "analytical" form). Under data parallel the
+    `per_bit` treats every bit as its own group (the "analytical" form). Under data parallelism the
     codebook's mean is over this rank's tokens, or with `group` over every rank's (the same number
     of tokens on each). `chunk_tokens` bounds memory; by default about 100 MiB are used.
     With TF32 switched on, the products `A^T B` use it, as any float32 product does.
@@ -137,7 +136,7 @@ def bsq_entropy(
         per_sample, joint, distance = outputs  # type: ignore[misc]
         if group is not None:
             joint = mean_over_ranks(joint, group)
-        # At p = 0 the slope of -p log p is infinite and the slope of p is 0: the product is 0.
+        # At p = 0 the slope of -p log p is infinite and that of p is 0; their product must be 0.
         codebook = -(joint * joint.clamp_min(torch.finfo(joint.dtype).tiny).log()).sum()
         penalty = (gamma_0 * per_sample - gamma_1 * codebook) / inv_temperature
         return BsqEntropy(per_sample, codebook, distance, penalty + beta * distance)
@@ -203,7 +202,7 @@ class _SoftAssignment(Function):
 
 
 def _corner(u: Tensor) -> Tensor:
-    """sign(u)/sqrt(L), where only u > 0 counts as plus (SPEC 1.3); NaN stays NaN in `u - corner`."""
+    """sign(u)/sqrt(L), where only u > 0 is positive (SPEC 1.3); NaN stays NaN in `u - corner`."""
     side = u.shape[-1] ** -0.5
     return (u > 0).to(u.dtype).mul_(2 * side).sub_(side)
 
@@ -215,15 +214,15 @@ def _bit_probabilities(logit: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _half_joints(one: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
-    """Joints of the first g//2 and of the other bits: [G, C, 2^(g//2)], [G, C, 2^(g-g//2)]."""
+    """Joints of the first g//2 bits and of the others: [G, C, 2^(g//2)], [G, C, 2^(g-g//2)]."""
     low = one.shape[-1] // 2
     return _joint(one[..., :low], zero[..., :low]), _joint(one[..., low:], zero[..., low:])
 
 
 def _joint(one: Tensor, zero: Tensor) -> Tensor:
-    """Joint over k independent bits, most significant first: [..., k] to [..., 2^k]."""
+    """Joint distribution of k independent bits, most significant first: [..., k] to [..., 2^k]."""
     joint = one.new_ones(*one.shape[:-1], 1)
-    # From the last bit to the first, so that the inner, contiguous axis is the long one.
+    # From the last bit to the first, so that the contiguous axis is the long one.
     for i in reversed(range(one.shape[-1])):
         joint = torch.cat((joint * zero[..., i, None], joint * one[..., i, None]), dim=-1)
     return joint
@@ -232,8 +231,8 @@ def _joint(one: Tensor, zero: Tensor) -> Tensor:
 def _half_gradient(weighted: Tensor, one: Tensor, zero: Tensor) -> Tensor:
     """Gradient at the logits [G, C, k] from `A * dA` [G, C, 2^k].
 
-    `sum_c A_c dA_c (c_i - p_i)`, with the corners of c_i = 1 and c_i = 0 summed apart: their factors
-    `1 - p_i` and `-p_i` are each exact, where the difference of two full sums would cancel.
+    `sum_c A_c dA_c (c_i - p_i)`, with the corners of c_i = 1 and c_i = 0 summed separately: their factors
+    `1 - p_i` and `-p_i` are each exact, whereas the difference of two full sums would cancel digits.
     """
     k = one.shape[-1]
     shifts = torch.arange(k - 1, -1, -1, device=weighted.device)
@@ -250,18 +249,18 @@ def info_nce(
     *,
     chunk_rows: int = CHUNK_ROWS,
 ) -> Tensor:
-    """Symmetric InfoNCE over the global batch, this rank's rows of it.
+    """Symmetric InfoNCE over the global batch, for this rank's rows.
 
     With unit embeddings I, T [B, D] of all ranks and `l = exp(logit_scale) * I T^T`,
 
         loss = (mean_i CE(l[i, :], i) + mean_j CE(l[:, j], j)) / 2,
 
-    i and j over this rank's b rows. The mean over ranks of the result is the loss of one process
-    with all rows, and so is the mean over ranks of the gradients of every parameter.
+    i and j over this rank's b rows. The mean of the result over ranks is the loss of one process with all
+    rows, and the same holds for the gradients of every parameter.
 
     image, text: [b, D], L2-normalised, the same b on every rank. logit_scale: the parameter itself,
-    before exp. `group` None is this rank alone. Logits are made for `chunk_rows` rows at a time and made
-    again in backward.
+    before exp. `group` None is this rank alone. Logits are computed for `chunk_rows` rows at a time and
+    recomputed in backward.
     """
     _same_shape("info_nce", image, text)
     with exactly(image.device):

@@ -1,4 +1,4 @@
-"""LAMB, what optimizers remember, parameter groups, and the schedule.
+"""LAMB, optimizer state, parameter groups, and the schedule.
 
 LAMB (arXiv 1904.00962, algorithm 2) keeps its state in float32 and works on sharded parameters
 (DTensor, as FSDP2 makes them): the update is local, its norms are global.
@@ -27,8 +27,8 @@ class Lamb(Optimizer):
     """`w -= lr * trust * (m_hat / (sqrt(v_hat) + eps) + weight_decay * w)`, per parameter.
 
     m_hat, v_hat: bias-corrected averages of g and g^2. `trust = |w| / |update|`, or 1 where either
-    norm is 0. Parameters with fewer than two dimensions (biases, norms, scales) have neither decay
-    nor trust ratio: for them this is Adam.
+    norm is 0. Parameters with fewer than two dimensions (biases, norms, scales) get neither decay nor
+    trust ratio, which makes it Adam for them.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Lamb(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from `state_dict()`, averages kept in float32 for weights of any dtype."""
+        """Continue from `state_dict()`, keeping averages in float32 for weights of any dtype."""
         super().load_state_dict(state_dict)
         # The base class has cast the averages to their parameter's dtype.
         for group, saved in zip(self.param_groups, state_dict["param_groups"]):
@@ -137,12 +137,12 @@ class Lamb(Optimizer):
 
 
 def fill_state(optimizer: Optimizer) -> None:
-    """The state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
+    """Create the state that Adam and LAMB make in their first step, so that a checkpoint always has it."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             state = optimizer.state[p]
             if not state:
-                # torch's fused kernels count on the device, all others on the host, where the count is read
+                # torch's fused kernels keep the step count on the device, all others on the host, which reads it
                 # without a sync.
                 where = p.device if group.get("fused") else None
                 state["step"] = torch.tensor(0.0, device=where)
@@ -164,12 +164,12 @@ def _descend(
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor, sharing memory with it; the tensor itself otherwise."""
+    """This rank's part of a sharded tensor, sharing its memory; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _layout(p: Tensor) -> tuple[Any, tuple[int, ...]] | None:
-    """The mesh and those of its dimensions over which a parameter is sharded."""
+    """The mesh that a parameter is sharded over, and along which of its dimensions."""
     if not isinstance(p, DTensor):
         return None
     sharded = tuple(i for i, place in enumerate(p.placements) if place.is_shard())
@@ -189,7 +189,7 @@ GROUPS = ("rest", "visual_encoder", "text_encoder", "decoder")
 
 
 def group_of(name: str) -> str:
-    """Which of `GROUPS` a parameter of SPEC section 2's names belongs to."""
+    """Which of `GROUPS` a parameter, named as in SPEC section 2, belongs to."""
     if name.startswith(("text_model.", "text_projection")):
         return "text_encoder"
     if name.startswith("vision_decoder."):
@@ -205,8 +205,8 @@ def parameter_groups(
     """Optimizer groups by tower (SPEC section 3's learning rates), decay on matrices only.
 
     rates: a learning rate for each of `GROUPS`. Parameters that need no gradient, and groups whose
-    rate is 0, are left out. Each group has `name` ("decoder", "decoder/no_decay"), `lr` and
-    `base_lr`, from which `set_rates` follows the schedule. Raises RecipeError for other names.
+    rate is 0, are left out. Each group has `name` ("decoder", "decoder/no_decay"), `lr` and `base_lr`,
+    which `set_rates` scales by the schedule. Raises RecipeError for other names.
     """
     if set(rates) != set(GROUPS):
         raise RecipeError(f"learning rates are for {list(GROUPS)}, got {sorted(rates)}")
@@ -249,5 +249,5 @@ def set_rates(optimizer: Optimizer, factor: float) -> None:
 
 
 def learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    """Every group's `lr` by its name, those with and without decay as one."""
+    """Every group's `lr` by name, listing groups with and without decay as one."""
     return {group["name"].partition("/")[0]: group["lr"] for group in optimizer.param_groups}

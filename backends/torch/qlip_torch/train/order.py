@@ -1,5 +1,5 @@
-"""Which sample comes where: the order of training data as arithmetic, so that any place in it can be
-computed from its number alone, in any process, with nothing remembered."""
+"""The order of training data as arithmetic: which sample is at a position follows from its number alone, in
+any process, without stored state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qlip_core.errors import DataError
 
 
 def epoch_index(position: int, count: int, stream: str) -> int:
-    """Sample `position` of an endless row in which every `count` steps visit each index once."""
+    """The index at `position` of an endless sequence in which every `count` positions visit each index once."""
     epoch, offset = divmod(position, count)
     return permute(offset, count, stable_hash(f"{stream} epoch {epoch}"))
 
@@ -21,9 +21,9 @@ def epoch_index(position: int, count: int, stream: str) -> int:
 class Mixture:
     """An endless interleaving of sources in proportion to their weights.
 
-    In every block of `BLOCK` places each source has the same number of them, its weight's share rounded,
-    in an order drawn for that block. Hence proportions are exact and the k-th use of a source is known
-    from the place alone.
+    In every block of `BLOCK` places each source has a fixed number of them, its weight's share rounded, in
+    an order drawn for that block. Hence proportions are exact, and the place alone tells how often its source
+    was used before.
     """
 
     BLOCK = 1000
@@ -45,7 +45,7 @@ class Mixture:
         self._block, self._sources, self._ranks = -1, np.empty(0), np.empty(0)
 
     def locate(self, place: int) -> tuple[int, int]:
-        """(source, how many places it had before this one)."""
+        """(source, number of its places before this one)."""
         if len(self._counts) == 1:
             return 0, place
         block, offset = divmod(place, self.BLOCK)

@@ -1,4 +1,4 @@
-"""From a raw picture and its caption to a row of a training batch: CLIP's augmentation, ids; and, on the
+"""From a raw picture and its caption to a row of a training batch: CLIP's augmentation, token ids, and, on the
 device, normalisation.
 
 Legend: b rows, S image side, T tokens.
@@ -33,15 +33,15 @@ class Batch:
     captions: list[str] = field(default_factory=list)
 
     def pin_memory(self) -> Batch:
-        """The same in page-locked memory, which a GPU copies from while the host goes on."""
+        """The same in page-locked memory, from which a GPU copies while the host continues."""
         return replace(self, pixels=self.pixels.pin_memory(), ids=self.ids.pin_memory())
 
 
 class Normalizer(nn.Module):
-    """uint8 pixels [b, 3, S, S] -> float32 on `device`, to the bit what `Preprocessing.normalize` makes.
+    """uint8 pixels [b, 3, S, S] -> float32 on `device`, bit for bit what `Preprocessing.normalize` computes.
 
-    On the device, so that pictures travel from the data workers in a quarter of the bytes; by a table of
-    the 256 levels, so that it needs no float64 there. Pixels in floating point count as normalised.
+    On the device, so that data workers send a quarter of the bytes; by a table of the 256 levels, so that
+    it needs no float64 there. Floating-point pixels count as already normalised.
     """
 
     table: Tensor
@@ -70,9 +70,9 @@ class Normalizer(nn.Module):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """CLIP's random resized crop: share of the area kept, width over height, and chance of a flip.
+    """CLIP's random resized crop: share of the area kept, width over height, and probability of a flip.
 
-    scale (1, 1) is no augmentation: the shortest edge is resized and the centre cut out, as at inference.
+    scale (1, 1) does not crop at random: the shortest edge is resized and the centre cut out, as at inference.
     """
 
     scale: tuple[float, float]
@@ -85,7 +85,7 @@ class Augmentation:
             image = resize_and_crop(image, size)
         else:
             box = self.crop_box(image.width, image.height, draws)
-            # Cropped first: `resize(box=...)` would let the filter look beyond the crop.
+            # Cropped first, because `resize(box=...)` would let the filter use pixels outside the crop.
             image = image.crop(box).resize((size, size), Image.Resampling.BICUBIC)
         if self.flip and draws.chance(self.flip):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -110,7 +110,7 @@ class Augmentation:
 
 
 class Preparer:
-    """Decodes, augments and collates. What happens to a sample depends on (seed, ordinal) alone."""
+    """Decodes, augments and collates. A sample's augmentation depends only on (seed, ordinal)."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""What a stage will cost, said before it starts: parameters, images, steps, memory per device.
+"""What a stage will cost, printed before it starts: parameters, images, steps, memory per device.
 
-Memory is an estimate. Weights, gradients and optimizer state are counted; so are activations: what one
-image's forward keeps for backward, in the precision of the run, found with tensors that have shapes and
-no contents, which takes a second for any size.
+Memory is an estimate. It counts weights, gradients, optimizer state and activations. Activations are what
+one image's forward keeps for backward in the run's precision, found with meta tensors (shapes without
+contents), which takes a second for any size.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import Stage2Network
 from qlip_torch.train.throughput import forward_flops, matmul_rate, size_text
 
-# What a compiled block keeps of what a plain one does: it computes pointwise operations anew. Measured at B-16
-# on an H100 (docs/performance.md), where the plain figure agreed with this file's to 1 %.
+# Share of activations that a compiled block keeps, since it recomputes pointwise operations. Measured for B-16
+# on an H100 (docs/performance.md), where the figure without compilation agreed with this file's to 1 %.
 _COMPILED = 0.6
 
 
@@ -59,7 +59,7 @@ class Cost:
     flops: float
     """Model FLOPs of one image's training step."""
     rate: float
-    """FLOP/s of matrix products on such a device; 0 where they were not measured."""
+    """FLOP/s of matrix products on such a device; 0 if not measured."""
 
     @property
     def images(self) -> int:
@@ -79,14 +79,14 @@ class Cost:
         return f"  on {devices_text(self.devices)} in {self.precision}: {rows:,} images{each} a step{split}"
 
     def last_lines(self, table: str) -> list[str]:
-        """How long it takes, very roughly: runs reach a fifth to two thirds of the products' rate. Whether the
-        warm-up, a value of the recipe's `table`, leaves any steps; and whether these are the devices it is
-        meant for."""
+        """A very rough duration (runs reach a fifth to two thirds of the products' rate), and warnings if the
+        warm-up, a value of the recipe's `table`, leaves no steps or if the number of devices is not the one it
+        is meant for."""
         out = []
         if self.warmup >= self.steps:
             out.append(
-                f"  the warm-up of {self.warmup:,} steps leaves none after it: rates end at "
-                f"{self.steps / self.warmup:.2g} of what the recipe says; set {table}.warmup"
+                f"  the warm-up of {self.warmup:,} steps leaves none after it: learning rates end at "
+                f"{self.steps / self.warmup:.2g} of the recipe's; set {table}.warmup"
             )
         if self.rate:
             seconds = self.images * self.flops / (self.rate / 3 * self.devices)
@@ -114,8 +114,8 @@ def devices_text(count: int) -> str:
 
 
 def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, list[str]]:
-    """The devices that a dry run on `here` processes plans for, and what to say of it: those that the recipe is
-    meant for where there are fewer processes, unless its batch does not divide over them."""
+    """The number of devices that a dry run on `here` processes plans for, and lines that say so. With fewer
+    processes than the recipe is meant for, it plans for the recipe's, unless the batch does not divide over them."""
     try:
         steps.micro_batches(meant_for)
     except RecipeError:
@@ -131,8 +131,8 @@ def planned_for(meant_for: int, steps: StepsRecipe, here: int) -> tuple[int, lis
 def planned_on(
     meant_for: int, engine: EngineRecipe, steps: StepsRecipe, world: World, *, dry: bool
 ) -> tuple[int, list[str], float] | None:
-    """How many devices a plan is made for, what to say of that, and the rate of matrix products on each; None
-    but on the first rank. Raises RecipeError, on every rank, where the batch does not divide over them."""
+    """On the first rank: the number of devices planned for, lines that say so, and the rate of matrix products
+    on each; None on the others. Raises RecipeError, on every rank, if the batch does not divide over them."""
     steps.micro_batches(world.size)
     if not world.is_first:
         return None
@@ -143,7 +143,7 @@ def planned_on(
 
 
 def state_bytes(engine: EngineRecipe, present: int, trained: int, ema: float, devices: int) -> int:
-    """Float32 weights, and of the trained ones gradient, two moments and perhaps the average."""
+    """Bytes of float32 weights and, for trained ones, of gradient, two moments and the moving average, if any."""
     total = 4 * (present + trained * (4 if ema else 3))
     if engine.parallel == "fsdp":
         total //= devices
@@ -209,7 +209,7 @@ def make_plan(
     losses = 3 * 4 * rows * patches * config.code_dim + objectives.ENTROPY_BYTES
     if stage == 1:
         losses += 3 * 4 * min(rows, objectives.CHUNK_ROWS) * settings.batch
-    else:  # what the frozen encoder made of the micro-batches that wait
+    else:  # the frozen encoder's features of the other micro-batches
         losses += 4 * (rows - micro_batch) * patches * config.vision_config.hidden_size
     return Plan(
         stage=stage,
@@ -257,14 +257,14 @@ def _count(module: nn.Module) -> int:
 
 
 class Kept:
-    """Bytes that autograd keeps, those inside a block apart."""
+    """Bytes that autograd keeps, counted separately inside and outside blocks."""
 
     def __init__(self) -> None:
         self.outside = 0
         self.blocks: list[int] = []
         self.inputs = 0
         self._inside = False
-        # Held on to, so that no other takes the address of one that is gone.
+        # References, so that no new tensor reuses the address of a freed one.
         self._seen: dict[tuple[int, int], torch.UntypedStorage] = {}
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def activation_bytes(
     half: bool,
     engine: EngineRecipe,
 ) -> int:
-    """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
+    """Bytes kept for backward by one more image in a micro-batch: those of two images minus those of one."""
     with FakeTensorMode():
         first = isinstance(settings, Stage1Recipe)
         extra = _extra_networks(config, settings) if isinstance(settings, Stage2Recipe) else []
@@ -333,7 +333,7 @@ def activation_bytes(
                 else:
                     network = Stage2Network(model, precision)
                     outputs = network(*network.encode(pixels), True)
-                    made, real = outputs.made, outputs.real
+                    made, real = outputs.reconstruction, outputs.real
                     for module in extra:
                         with precision.autocast():
                             module(made, real) if isinstance(module, Lpips) else module(made)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # LPIPS is measured without a recipe
+if TYPE_CHECKING:  # evaluation uses this module without recipes
     from qlip_torch.train.recipe import EngineRecipe
 
 
@@ -49,10 +49,10 @@ class Precision:
 
 
 def exactly(device: torch.device) -> AbstractContextManager[object]:
-    """Float32 in the middle of autocast."""
+    """Turns autocast off, for code that must run in float32."""
     return torch.autocast(device.type, enabled=False)
 
 
 def lifted(tensor: Tensor) -> Tensor:
-    """As float32; float64 stays, for checks of gradients."""
+    """As float32; float64 stays, for gradient checks."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

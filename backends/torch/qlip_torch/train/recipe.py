@@ -1,7 +1,7 @@
 """A recipe: everything that decides a training run, as one tree of frozen dataclasses read from TOML.
 
-Strict: an unknown key is an error that names it and the nearest valid one, a value of the wrong type
-says what it should be. `--set a.b=c` changes one value. SPEC section 3 has the paper's numbers.
+Strict: an unknown key is an error that names it and the nearest valid one; so is a value of the wrong
+type. `--set a.b=c` changes one value. SPEC section 3 has the paper's numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from qlip_torch.train.strict import at_least
 
 @dataclass(frozen=True)
 class TowerRecipe:
-    """Sizes of a tower; what is left out is the preset's."""
+    """Sizes of a tower; the preset's where not given."""
 
     width: int | None = None
     intermediate: int | None = None
@@ -37,12 +37,12 @@ class TextRecipe(TowerRecipe):
 
     context: int | None = None
     vocabulary: int | None = None
-    """Size of the vocabulary: of the one trained here ("emoji"), else that of the files."""
+    """Size of the vocabulary to train ("emoji"); otherwise it is that of the files."""
 
 
 @dataclass(frozen=True)
 class ModelRecipe:
-    """The model: a preset of qlip_core.config, and what differs from it."""
+    """The model: a preset of qlip_core.config, and changes to it."""
 
     preset: str = "qlip-b-16-256"
     tokenizer: str = ""
@@ -76,7 +76,7 @@ class ModelRecipe:
         )
         vocabulary = self.text.vocabulary
         if vocabulary is not None and not special_ids:
-            # Placeholders inside the vocabulary; a tokenizer brings its own.
+            # Placeholders inside the vocabulary; a tokenizer has its own.
             special_ids = {f"{kind}_token_id": vocabulary - 1 for kind in ("pad", "bos", "eos")}
         projection = given_only(projection_dim=self.projection_dim)
         images = given_only(image_size=self.image_size, patch_size=self.patch_size)
@@ -132,7 +132,7 @@ def _post(width: int | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class StartRecipe:
-    """Where the first weights come from; random where nothing is given (SPEC section 3)."""
+    """Where the initial weights come from; random if nothing is given (SPEC section 3)."""
 
     checkpoint: str = ""
     """A QLIP checkpoint to continue from: its weights, all of them."""
@@ -208,14 +208,14 @@ class StepsRecipe:
             )
 
     def micro_batches(self, ranks: int) -> int:
-        """Forwards that one of `ranks` devices makes in a step. Raises RecipeError if uneven."""
+        """Micro-batches of each of `ranks` devices in a step. Raises RecipeError if they do not divide evenly."""
         if self.batch % ranks:
             raise RecipeError(f"batch (={self.batch}) does not divide over {ranks} processes")
         each = self.batch // ranks
         micro = min(self.micro_batch, each)
         if each % micro:
             raise RecipeError(
-                f"micro_batch (={self.micro_batch}) must divide a process' share of the batch "
+                f"micro_batch (={self.micro_batch}) must divide each process's share of the batch "
                 f"({self.batch} / {ranks} = {each})"
             )
         return each // micro
@@ -223,7 +223,7 @@ class StepsRecipe:
 
 @dataclass(frozen=True)
 class StageRecipe(StepsRecipe):
-    """What both stages have."""
+    """Settings common to both stages."""
 
     mse: float = 1.0
     """a_r"""
@@ -306,7 +306,7 @@ class DiscriminatorRecipe:
     r1_weight: float = 10.0
     r1_every: int = 16
     start: int = 0
-    """Step from which the generator hears it; it trains from the first."""
+    """First step at which it affects the generator's loss; it trains from step 0."""
 
     def __post_init__(self) -> None:
         at_least(self, 0, "learning_rate", "r1_weight", "start")
@@ -315,7 +315,7 @@ class DiscriminatorRecipe:
 
 @dataclass(frozen=True)
 class Stage2Recipe(StageRecipe):
-    """Bottleneck and decoder alone, with perceptual and adversarial losses, AdamW."""
+    """Bottleneck and decoder only, with perceptual and adversarial losses, AdamW."""
 
     batch: int = 16_384
     micro_batch: int = 128
@@ -323,7 +323,7 @@ class Stage2Recipe(StageRecipe):
     lpips: float = 0.1
     """a_p"""
     ssim: float = 0.0
-    """Weight of 1 - SSIM. Not the paper's: for machines without LPIPS' weights."""
+    """Weight of 1 - SSIM, which is not in the paper: for machines without LPIPS' weights."""
     perceptual: str = ""
     """Weights of LPIPS: a file, folder or hub id, or "random" (not LPIPS: for machines without)."""
     gan: float = 0.1
@@ -344,8 +344,8 @@ class Stage2Recipe(StageRecipe):
             )
 
     def check_weights(self) -> None:
-        """Raises RecipeError where LPIPS is asked for and its weights are not named: before stage 2 is run,
-        since a recipe of stage 1 alone need not say."""
+        """Raises RecipeError if LPIPS is used and its weights are not named. Called only before stage 2 runs,
+        since a recipe for stage 1 alone need not name them."""
         if self.lpips and not self.perceptual:
             raise RecipeError(
                 "stage2.lpips is not 0 and stage2.perceptual names no weights: give a safetensors file, "
@@ -358,7 +358,7 @@ class Stage2Recipe(StageRecipe):
 
 @dataclass(frozen=True)
 class EngineRecipe:
-    """How the arithmetic is run: it may change speed, memory and rounding, not the mathematics."""
+    """How the computation runs: this may change speed, memory and rounding, not the mathematics."""
 
     device: str = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -377,16 +377,16 @@ class EngineRecipe:
 
 @dataclass(frozen=True)
 class LogRecipe:
-    """How often what is shown, in steps; 0 is never."""
+    """How often things are logged, in steps; 0 is never."""
 
     metrics: int = 10
     gradients: int = 100
     pictures: int = 500
     picture_count: int = 8
     held_out: str = ""
-    """A set that training does not see: a folder, tars or parquet. Its first pictures are those that the run is
-    watched by, and the first `held_out_count` are what it is measured on at the end. By default: the emoji
-    set's own held-out pictures, or else some of training's, and no measurement."""
+    """A set that training does not see: a folder, tars or parquet. Its first pictures show the run's progress,
+    and the first `held_out_count` are measured at the end. By default: the emoji set's own held-out pictures,
+    or for other data some training pictures and no measurement."""
     held_out_count: int = 1000
 
     def __post_init__(self) -> None:
@@ -394,7 +394,7 @@ class LogRecipe:
         at_least(self, 1, "metrics", "picture_count", "held_out_count")
         if self.held_out.partition("?")[0] == "emoji":
             raise RecipeError(
-                "held_out: the emoji set's held-out pictures are measured without it; name a set that is stored"
+                "held_out: the emoji set's held-out pictures are measured anyway; name a set stored in files"
             )
 
 
@@ -403,7 +403,7 @@ class CheckpointRecipe:
     every: int = 1000
     keep: int = 2
     background: bool = True
-    """Write while training goes on."""
+    """Write while training continues."""
     grace_seconds: float = 20.0
     """After SIGTERM: how long a checkpoint may take before the process ends without it."""
 

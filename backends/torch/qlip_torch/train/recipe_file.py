@@ -13,7 +13,7 @@ from qlip_core.errors import RecipeError
 from qlip_torch.train.strict import build, load_toml, plain, to_toml, toml_value
 
 TOKENIZER, GENERATOR = "tokenizer", "generator"
-"""What a recipe may be of."""
+"""The kinds of recipe."""
 _COMMANDS = {TOKENIZER: "qlip train", GENERATOR: "qlip train generator"}
 R = TypeVar("R", bound="RecipeFile")
 
@@ -26,8 +26,8 @@ class RecipeFile:
 
     @classmethod
     def from_dict(cls: type[R], values: Mapping[str, Any], named: str = "RECIPE") -> R:
-        """Raises RecipeError for an unknown key (naming the nearest), an impossible value, or a recipe
-        of another kind; `named` is how the right command names it."""
+        """Raises RecipeError for an unknown key (naming the nearest), an impossible value, or a recipe of
+        another kind; `named` is what the suggested command calls the recipe."""
         kind = values.get("kind", TOKENIZER)
         if kind != cls.KIND and kind in _COMMANDS:
             raise RecipeError(
@@ -49,7 +49,7 @@ class RecipeFile:
             raise RecipeError(f"{path}: {error}") from None
 
     def changed(self: R, changes: Iterable[str]) -> R:
-        """A copy with "a.b=value" applied, the value in TOML or, where it is a word, as it stands."""
+        """A copy with each "a.b=value" applied; the value is TOML or else taken as a string."""
         values = self.to_dict()
         for change in changes:
             key, equals, text = change.partition("=")
@@ -66,7 +66,7 @@ class RecipeFile:
         return self.from_dict(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, defaults included; what is None is left out (TOML has no such value)."""
+        """All values, defaults included, without those that are None (TOML has no such value)."""
         return plain(self)
 
     def to_toml(self) -> str:
@@ -86,7 +86,7 @@ def recipe_names(kind: str = TOKENIZER) -> list[str]:
 
 
 def find_recipe(name: str | Path, kind: str = TOKENIZER) -> Path:
-    """The file of a shipped recipe's name, or of a path. Raises RecipeError, listing what there is."""
+    """The file for a shipped recipe's name, or a path. Raises RecipeError that lists the shipped ones."""
     if Path(name).is_file():
         return Path(name)
     for folder in recipe_folders():

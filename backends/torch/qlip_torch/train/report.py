@@ -1,4 +1,4 @@
-"""`report.md`: what a run was and what came out, with its curves and pictures."""
+"""`report.md`: a run's settings and results, with curves and pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_report(
     ranks: int,
     validations: dict[int, list[str]],
 ) -> Path:
-    """Write `out`/report.md from the run folder and what was measured of each stage's model, in lines."""
+    """Write `out`/report.md from the run folder and, for each stage's model, lines of measurements."""
     lines = [
         f"# {recipe.name or 'Training run'}",
         "",
@@ -54,7 +54,7 @@ def _hardware(device: torch.device) -> str:
 
 
 def _named(term: str, perceptual: str) -> str:
-    """A loss as the report calls it: LPIPS with the weights it was computed with."""
+    """A loss's name in the report; for LPIPS with the weights it was computed with."""
     if term != "lpips":
         return term
     return (

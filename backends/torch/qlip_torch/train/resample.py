@@ -1,7 +1,7 @@
-"""Patch kernels and position tables made to fit another patch size or grid, in float64 numpy.
+"""Resizes patch kernels and position tables to another patch size or grid, in float64 numpy.
 
-Both rest on one matrix: `bicubic(old, new)` [new, old] is what Pillow's bicubic filter (Keys, a = -1/2,
-widened where it shrinks) does to a row of `old` samples, so it is the resizing of preprocessing too.
+Both use one matrix: `bicubic(old, new)` [new, old] is what Pillow's bicubic filter (Keys, a = -1/2, widened
+when shrinking) does to a row of `old` samples, so it matches the resizing in preprocessing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def bicubic(old: int, new: int) -> np.ndarray:
-    """[new, old]: row i holds the weights of the old samples in new sample i; rows sum to 1."""
+    """[new, old]: row i has the weights of the old samples in new sample i; rows sum to 1."""
     scale = old / new
     stretch = max(scale, 1.0)
     centres = (np.arange(new) + 0.5) * scale - 0.5
@@ -47,7 +47,7 @@ def resample_positions(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     cls, patches = table[:1], table[1:]
     side = math.isqrt(len(patches))
     if side * side != len(patches):
-        raise ValueError(f"{len(patches)} positions are no square grid")
+        raise ValueError(f"{len(patches)} positions are not a square grid")
     if grid == (side, side):
         return table
     rows, columns = bicubic(side, grid[0]), bicubic(side, grid[1])

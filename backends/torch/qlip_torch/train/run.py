@@ -1,10 +1,10 @@
-"""A whole run: stages one after the other in a folder that says everything about it.
+"""A whole run: its stages one after the other, in a folder that records everything about it.
 
-OUT/recipe.toml          the recipe as it is run, and in stages.txt which of its stages
-OUT/tokenizer/           where the recipe trains one
+OUT/recipe.toml          the recipe as run; stages.txt says which of its stages
+OUT/tokenizer/           if the recipe trains one
 OUT/stage1/, OUT/stage2/ metrics.jsonl, curves.png, pictures/, checkpoints/, model/
-OUT/stage2/start/        stage 1's result that stage 2 began from
-OUT/report.md            what came out
+OUT/stage2/start/        stage 1's result, which stage 2 started from
+OUT/report.md            the results
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ THIS_RUN = "stage 1 of this run"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind."""
+    """What a run produced."""
 
     out: Path
     models: dict[int, Path]
-    """The exported model of each stage that has been run to its end; empty after a dry run."""
+    """The exported model of each finished stage; empty after a dry run."""
     report: Path | None
     plans: list[Plan]
 
@@ -93,8 +93,8 @@ def train(
 ) -> Result:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
-    stage: "1", "2" or "all" (None: all, or with `resume` what the run was begun with). resume: go on from
-    the newest checkpoint in `out` (from the beginning where there is none yet); the recipe may then be
+    stage: "1", "2" or "all" (None: all, or with `resume` what the run was started with). resume: continue
+    from the newest checkpoint in `out` (from the beginning if there is none yet); the recipe may then be
     None, for the one in `out`. steps: replaces the number of steps of each stage that is run. dry_run:
     make the plan and build everything, without a step and without touching `out`. measure: whether what was
     trained is tried on held-out pictures at the end. say: takes the plan
@@ -109,14 +109,14 @@ def train(
     recipe = _settled(recipe, stage, out, resume and not dry_run, steps, dry_run)
     stages = {"1": (1,), "2": (2,), "all": (1, 2)}[stage]
     stop = StopRequest(recipe.checkpoints.grace_seconds)
-    if dry_run:  # has nothing to save: Ctrl-C ends it as it does any program
+    if dry_run:  # nothing to save, so Ctrl-C may simply end it
         with joined(recipe.engine) as world:
             return Result(out, {}, None, _dry_run(recipe, stages, out, world, stop, say))
     with ExitStack() as lock:
         with joined(recipe.engine) as world, stop:
             if world.is_first:
                 lock.enter_context(only_run_in(out))
-                check_begun(out, recipe, resume)  # once more: another run may just have ended
+                check_begun(out, recipe, resume)  # again: another run may just have ended
             _prepare(recipe, stage, out, world)
             run = _Run(recipe, out, world, stop, say)
             models = {number: run.stage(number) for number in stages}
@@ -133,7 +133,7 @@ def _dry_run(
     stop: StopRequest,
     say: Callable[[str], None],
 ) -> list[Plan]:
-    """Build everything that a run would, in a temporary folder, without a step."""
+    """Build everything that a run would, in a temporary folder, without taking a step."""
     with tempfile.TemporaryDirectory(prefix="qlip-dry-run-") as folder:
         write_tokenizer(recipe, Path(folder) / TOKENIZER)
         run = _Run(recipe, Path(folder), world, stop, say, dry=True)
@@ -142,13 +142,13 @@ def _dry_run(
 
 
 def _stage1_result(recipe: Recipe, out: Path) -> Checkpoint:
-    """What stage 2 goes on from: the stage 1 that the recipe names, or that of the run in `out`. Raises RecipeError
-    where there is none, or one that cannot be trained."""
+    """What stage 2 starts from: the stage 1 that the recipe names, or that of the run in `out`. Raises RecipeError
+    if there is none, or it cannot be trained further."""
     origin = recipe.stage2.start or str(out)
     found = stage1_model(origin)
     if not recipe.stage2.start and not (Path(found) / "config.json").is_file():
         raise RecipeError(
-            f"{out}: has no finished stage 1 to go on from: run --stage 1 first, or name one "
+            f"{out}: has no finished stage 1 to start from: run --stage 1 first, or name one "
             "with --set stage2.start=RUN"
         )
     source = open_checkpoint(found)
@@ -174,7 +174,7 @@ def _settled(
         recipe = recipe.changed(changes)
     if stage != "1" and not (out / "stage2" / MODEL / "config.json").is_file():
         recipe.stage2.check_weights()
-        # Read once before stage 1, not only after it. A dry run tells its plans first, then builds all.
+        # Read before stage 1 too, so that an error shows early. A dry run prints its plans first, then builds all.
         if recipe.stage2.start and not dry_run and not begun(out / "stage2"):
             try:
                 found = open_checkpoint(stage1_model(recipe.stage2.start))
@@ -192,14 +192,14 @@ def _settled(
 
 
 def _begun_with(out: Path) -> str:
-    """The stage or stages that the run in `out` was asked for."""
+    """The stage or stages that the run in `out` was started with."""
     kept = out / STAGES
     return kept.read_text(encoding="utf-8").strip() if kept.is_file() else "all"
 
 
 def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
     if world.is_first:
-        # Only what a run left that never began: another folder's `tokenizer` is not ours to remove.
+        # Only if a run that never began left it; any other folder's `tokenizer` is not ours to remove.
         if (out / RECIPE).is_file() and not begun(out):
             shutil.rmtree(out / TOKENIZER, ignore_errors=True)
         # Until stage 2 has begun, its recipe may name another start.
@@ -207,7 +207,7 @@ def _prepare(recipe: Recipe, stage: str, out: Path, world: World) -> None:
             shutil.rmtree(out / "stage2" / "start", ignore_errors=True)
         if not (out / TOKENIZER).is_dir():
             write_tokenizer(recipe, out / TOKENIZER)
-        # Last: a folder without it is no run yet.
+        # Written last: without it a folder is not yet a run.
         write_text(out / STAGES, stage + "\n")
         write_text(out / RECIPE, recipe.to_toml())
     world.barrier()
@@ -231,7 +231,7 @@ class _Run:
         torch.manual_seed(recipe.seed)
 
     def stage(self, number: int) -> Path:
-        """Run a stage to its end, from its newest checkpoint if there is one; its exported model."""
+        """Run a stage to its end, from its newest checkpoint if there is one. Returns the exported model."""
         folder = self.out / f"stage{number}"
         model = folder / MODEL
         if (model / "config.json").is_file():
@@ -250,8 +250,8 @@ class _Run:
         return model
 
     def dry(self, stages: tuple[int, ...], out: Path) -> None:
-        """The plans, as far as the recipe alone tells before anything else, and everything built: weights,
-        engine, optimizer, the first batch. `out` is where the run would be."""
+        """Print the plans, first those that follow from the recipe alone, and build everything: weights, engine,
+        optimizer, the first batch. `out` is where the run would be."""
         for number in stages:
             if self._known(number):
                 self._plan(number, self.recipe.model.config())
@@ -267,7 +267,7 @@ class _Run:
         if number == 2 and (named or 1 not in stages):
             return start_from(_stage1_result(self.recipe, out), named or THIS_RUN)
         start = first_start(self.recipe, self.out / TOKENIZER)
-        # Its sizes are those of what stage 1 would leave.
+        # It has the sizes of stage 1's result.
         return start if number == 1 else replace(start, origin=(THIS_RUN,))
 
     def report(self, models: dict[int, Path], measure: bool) -> Path | None:
@@ -283,7 +283,7 @@ class _Run:
             if log.held_out:
                 try:
                     lines += validate_on(model, device, log.held_out, log.held_out_count)
-                except DataError as error:  # what was trained is not lost by it
+                except DataError as error:  # the trained model must not be lost over this
                     lines.append(f"the held-out set was not measured: {error}")
             if lines:
                 found[number] = lines
@@ -301,11 +301,11 @@ class _Run:
             check_sources(self.recipe.data, size, self.recipe.log.held_out)
 
     def _known(self, number: int) -> bool:
-        """Whether the recipe alone tells what a stage is, so that it is planned before anything is fetched."""
+        """Whether the recipe alone determines a stage, so that its plan can be printed before anything is fetched."""
         return not self.recipe.start.checkpoint and not (number == 2 and self.recipe.stage2.start)
 
     def _planned(self, number: int, make: Callable[[], Start]) -> Start:
-        """A stage's beginning; its plan is said, before it where the recipe alone tells."""
+        """A stage's start; prints its plan, beforehand if the recipe alone determines it."""
         if self._known(number) and not self._dry:
             self._plan(number, self.recipe.model.config())
         start = make()

@@ -13,7 +13,7 @@ from qlip_core.errors import DataError
 from qlip_torch.train.feeds import IndexedSource, Rendered
 from qlip_torch.train.lanes import StreamSource
 
-# Names that training may keep to, under a word for them.
+# Sets of names that training may be limited to, each under a keyword.
 _NAMES: dict[str, Callable[[], tuple[str, ...]]] = {
     "classes": lambda: CLASS_NAMES_100,
     "common": lambda: tuple(glyph.name for glyph in seen_glyphs() if glyph.common),
@@ -30,12 +30,12 @@ class EmojiSource:
         self._emoji = EmojiSet(**options)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # An open font does not travel to a spawned worker: it opens its own.
+        # An open font cannot be pickled, so a spawned worker opens its own.
         return EmojiSource, (self.location, self._options)
 
     @classmethod
     def from_location(cls, location: str, image_size: int, seed: int) -> EmojiSource:
-        """From "emoji" or "emoji?key=value&…"; the size is the model's and the seed the run's if not given."""
+        """From "emoji" or "emoji?key=value&…"; size and seed default to the model's and the run's."""
         options: dict[str, Any] = {"size": image_size, "seed": seed}
         readers = {
             "split": str,
@@ -68,14 +68,14 @@ class EmojiSource:
 
 
 def is_emoji(location: str) -> bool:
-    """Whether the pictures are drawn, and not read from somewhere."""
+    """Whether the pictures are drawn rather than read."""
     return location == "emoji" or location.startswith("emoji?")
 
 
 def open_training_source(
     location: str, image_size: int, seed: int, limits: Limits
 ) -> IndexedSource | StreamSource:
-    """The source behind `location`. Raises DataError if there is none."""
+    """The source that `location` names. Raises DataError if there is none."""
     if is_emoji(location):
         return EmojiSource.from_location(location, image_size, seed)
     return open_source(location, limits)

@@ -1,7 +1,7 @@
 """One step of training, the same for both stages.
 
-A step: backward over the micro-batches, one look at all terms (the only wait for the device), then
-the optimizer. A term that is not finite stops the run before it reaches the weights.
+A step is a backward over the micro-batches, one transfer of all terms to the host (the only wait for the
+device), then the optimizer. A term that is not finite stops the run before it reaches the weights.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from qlip_torch.train.pictures import Batch
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import StageRecipe
 
-# A bit that is nearly always the same carries nothing.
+# A bit that is nearly always the same carries no information.
 DEAD = 0.01
 
 
 class NonFiniteError(QlipError):
-    """A loss term, or a gradient's norm, that became NaN or infinite; `terms` names every one that did. `step`
-    counts from 1, as in metrics.jsonl."""
+    """A loss term or a gradient norm became NaN or infinite; `terms` names all that did. `step` counts from 1,
+    as in metrics.jsonl."""
 
     def __init__(self, terms: Sequence[str], step: int) -> None:
         super().__init__(
-            f"loss term {', '.join(terms)} is not finite at step {step}: begin again with a lower learning "
-            "rate or a lower gradient clip. Checkpoints written before are kept: `qlip train export RUN` "
-            "makes a model of the newest, which --set start.checkpoint=MODEL goes on from"
+            f"loss term {', '.join(terms)} is not finite at step {step}: start again with a lower learning "
+            "rate or a lower gradient clip. Earlier checkpoints are kept: `qlip train export RUN` "
+            "makes a model of the newest, which --set start.checkpoint=MODEL continues from"
         )
         self.terms = tuple(terms)
 
 
 @dataclass(frozen=True)
 class Backward:
-    """What a backward over the micro-batches found: terms, and the latents u [B, N, L] of this rank."""
+    """What a backward over the micro-batches returns: the terms, and this rank's latents u [B, N, L]."""
 
     terms: Terms
     u: Tensor
@@ -52,7 +52,7 @@ class Backward:
 
 @dataclass(frozen=True)
 class Bits:
-    """How the code is used: shares of ones over a batch. Healthy: 0.3 to 0.7 each, none dead."""
+    """How the code is used: each bit's share of ones in a batch. Healthy: all 0.3 to 0.7, none dead."""
 
     usage: tuple[float, ...]
 
@@ -76,7 +76,7 @@ class Bits:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step found, as numbers, the same on every rank."""
+    """A step's results as numbers, the same on every rank."""
 
     terms: dict[str, float]
     total: float
@@ -85,21 +85,21 @@ class StepReport:
     """Factor of the schedule."""
     bits: Bits | None
     learning_rates: dict[str, float] = field(default_factory=dict)
-    """Of this step, by group."""
+    """This step's learning rates by group."""
     logit_scale: float | None = None
     """exp(logit_scale) as this step's alignment used it; None without alignment."""
     layer_norms: dict[str, float] = field(default_factory=dict)
-    """Gradient norm of each weighted loss at the last shared layer; empty where not asked for."""
+    """Gradient norm of each weighted loss at the last shared layer; empty if not probed."""
 
 
 class Companion(Protocol):
-    """What trains beside the model: stage 2's discriminator."""
+    """What trains along with the model: stage 2's discriminator."""
 
     module: nn.Module
     optimizer: Optimizer
 
     def gradient_norm(self) -> Tensor:
-        """Of its gradients, which are those of the global batch from then on."""
+        """Average its gradients over the global batch, and return their norm."""
         ...
 
     def step(self) -> None: ...
@@ -107,7 +107,7 @@ class Companion(Protocol):
 
 @dataclass
 class Stage:
-    """A stage as the loop steps it. `backward` is the stage's own; the rest is common."""
+    """A stage as the loop steps it. `backward` is specific to the stage; the rest is common."""
 
     number: int
     model: QLIP
@@ -118,15 +118,15 @@ class Stage:
     shared_layer: nn.Linear
     precision: Precision
     backward: Callable[[Sequence[Batch], int, LayerProbe | None], Backward]
-    """Of this rank's micro-batches, the step's number, and what looks at the shared layer, if anything does."""
+    """Takes this rank's micro-batches, the step's number, and the probe at the shared layer, if any."""
     after: Callable[[int], None]
     reconstruct: Callable[[Tensor], Tensor]
-    """Pixels as of `Batch` to their reconstruction, normalised; every rank calls it."""
+    """A `Batch`'s pixels to their reconstruction, normalised; every rank calls it."""
     companion: Companion | None = None
 
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        # Stage 2's frozen parts lie in its start; stage 1 keeps those that its recipe froze.
+        # Stage 2's frozen parts are stored in its start; stage 1 stores those that its recipe froze.
         frozen_elsewhere = self.number == 2
         self.memory = Memory(
             self.model, self.optimizer, self.recipe.ema, trained_only=frozen_elsewhere
@@ -137,7 +137,7 @@ class Stage:
     def step(self, batches: Sequence[Batch], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches.
 
-        Raises NonFiniteError, naming the term, before any weight is touched.
+        Raises NonFiniteError, naming the term, before any weight changes.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
         for optimizer in self.memory.optimizers:
@@ -173,13 +173,13 @@ class Stage:
     def _look(
         self, found: Backward, norms: dict[str, Tensor], step: int
     ) -> tuple[dict[str, float], float, Bits | None, float | None]:
-        """Terms, the first of the gradient norms, bits and exp(logit_scale) as numbers, in one wait for the
-        device."""
+        """Terms, the first of the gradient norms, bits and exp(logit_scale) as numbers, with a single wait for
+        the device."""
         names = list(found.terms)
         values = [found.terms[name].float().reshape(1) for name in names]
         if self.model.config.quantizes:
             values.append((found.u > 0).float().mean((0, 1)))
-        same = [norm.reshape(1) for norm in norms.values()]  # on every rank, without a mean
+        same = [norm.reshape(1) for norm in norms.values()]  # equal on every rank: no mean needed
         if "align" in self.weights:
             same.append(self.model.logit_scale.detach().float().exp().reshape(1))
         numbers = torch.cat((*same, self.world.mean(torch.cat(values)))).tolist()
@@ -187,7 +187,7 @@ class Stage:
         found_norms, scales = same[: len(norms)], same[len(norms) :]
         terms = dict(zip(names, numbers))
         wrong = [name for name, value in terms.items() if not math.isfinite(value)]
-        # NaN hides in gradients also where every term is finite.
+        # Gradients may have NaN even if every term is finite.
         if not wrong:
             wrong = [name for name, norm in zip(norms, found_norms) if not math.isfinite(norm)]
         if wrong:
@@ -198,7 +198,7 @@ class Stage:
 
 
 def last_shared_layer(model: QLIP) -> nn.Linear:
-    """The linear that ends the encoder's last MLP: w3, or fc2 (paper section 4)."""
+    """The last linear layer of the encoder's last MLP: w3, or fc2 (paper section 4)."""
     block = model.vision_model.encoder.layers[-1]
     assert isinstance(block, Block)
     mlp = block.mlp
@@ -211,8 +211,8 @@ def last_shared_layer(model: QLIP) -> nn.Linear:
 class LayerProbe:
     """The gradient of each loss at a linear layer's weight, over all micro-batches and ranks.
 
-    Taken from the layer's input x and output y (`dL/dW = sum (dL/dy)^T x`), so that it needs no
-    gradient of the parameter, which an engine may have sharded.
+    Computed from the layer's input x and output y (`dL/dW = sum (dL/dy)^T x`), not from the parameter,
+    which an engine may have sharded.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -225,17 +225,17 @@ class LayerProbe:
         self._hook.remove()
 
     def _note(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        # Activation checkpointing runs the layer again in backward; the graph has the first one.
+        # Activation checkpointing runs the layer again in backward; the graph contains the first run's output.
         if self._listening and output.requires_grad:
             self._seen = (inputs[0].detach(), output)
             self._listening = False
 
     def listen(self) -> None:
-        """Before a forward with gradients."""
+        """Call before a forward with gradients."""
         self._listening = True
 
     def watch(self, pieces: Terms) -> None:
-        """After it, with what will be backwarded; leaves the graph whole."""
+        """Call after it with the parts of the loss, before their backward; keeps the graph."""
         if self._seen is None:
             return
         x, y = self._seen

@@ -1,9 +1,9 @@
-"""Stage 1: all towers learn to reconstruct and to agree with text (SPEC section 3).
+"""Stage 1: all towers learn to reconstruct and to match text (SPEC section 3).
 
 Minimises `a_r L_mse + a_q L_bsq + a_a L_align + a_z L_commitment`. Alignment and the codebook entropy
-are of the global batch, over micro-batches and ranks. A tower whose learning rate is 0 is frozen, and
-what no loss asks for is not computed: with the text tower alone in training this is locked-image tuning
-(LiT, arXiv 2111.07991). Legend: B images, N patches, L bits.
+cover the global batch, over micro-batches and ranks. A tower whose learning rate is 0 is frozen, and
+what no loss needs is not computed: training the text tower alone is locked-image tuning (LiT, arXiv
+2111.07991). Legend: B images, N patches, L bits.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage, last_shared_layer
 
 SCALE = "model.logit_scale"
-# From the encoder's class token to an image's embedding, which alignment alone asks for.
+# From the encoder's class token to an image's embedding, which only alignment needs.
 IMAGE_EMBEDDING = ("visual_projection.", "vision_model.post_layernorm.")
 
 
 class Forward(NamedTuple):
-    """Without alignment `image` and `text` are 0; without a decoder the two means are."""
+    """Without alignment, `image` and `text` are 0; without a decoder, the two means are."""
 
     image: Tensor
     """Unit embeddings [B, P]."""
@@ -47,7 +47,7 @@ class Forward(NamedTuple):
 
 
 class Stage1Network(nn.Module):
-    """The model as one forward of this stage, for an engine to wrap."""
+    """This stage's forward as one module, for an engine to wrap."""
 
     def __init__(self, model: QLIP, precision: Precision, *, aligns: bool = True) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Stage1Network(nn.Module):
         self.normalize = Normalizer(precision.device)
 
     def forward(self, pixels: Tensor, ids: Tensor, reconstruct: bool) -> Forward:
-        """Pixels as of `Batch` and ids [B, T]."""
+        """`Batch`'s pixels and ids [B, T]."""
         model, device = self.model, self.precision.device
         pixels, ids = self.normalize(pixels), ids.to(device, non_blocking=True)
         with self.precision.autocast():
@@ -72,18 +72,18 @@ class Stage1Network(nn.Module):
                 return Forward(image, text, u, nothing, nothing)
             z_hat = model.bottleneck_up(model.quantize(u))
             pixels_hat = model.decode(z_hat)
-            # A decoder of another width has no z of its own to be compared with.
+            # If the decoder has another width, z and z_hat cannot be compared.
             commitment = objectives.commitment(z, z_hat) if z_hat.shape == z.shape else nothing
             return Forward(image, text, u, objectives.mse(pixels_hat, pixels), commitment)
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Pixels as of `Batch` to what the decoder makes of their code, normalised [B, 3, S, S]."""
+        """`Batch`'s pixels to their reconstruction, normalised [B, 3, S, S]."""
         return reconstruct(self.model, self.normalize(pixels), self.precision)
 
 
 class Stage1Losses:
-    """The losses of stage 1, taken apart for accumulation (qlip_torch.train.accumulate)."""
+    """The losses of stage 1, split up for accumulation (qlip_torch.train.accumulate)."""
 
     def __init__(self, network: nn.Module, model: QLIP, recipe: Stage1Recipe, world: World) -> None:
         self.network, self.model, self.world = network, model, world
@@ -121,7 +121,7 @@ class Stage1Losses:
 
 
 def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
-    """BSQ's terms of all latents u [B, N, L] of the global batch; none without a quantizer."""
+    """BSQ's terms for all latents u [B, N, L] of the global batch; none without a quantizer."""
     if not model.config.quantizes:
         return {}
     quantizer = model.config.vision_config.quantizer_cfg
@@ -144,7 +144,7 @@ def objectives_of_code(model: QLIP, u: Tensor, world: World) -> Terms:
 
 def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
     """Normalised pixels [B, 3, S, S] through the code and back."""
-    # Seldom, and not as many as in a step: not worth a compilation.
+    # Runs rarely, and with another batch size than steps: not worth compiling.
     with torch.compiler.set_stance("force_eager"), precision.autocast():
         _, z = model.encode(pixels)
         with exactly(precision.device):
@@ -153,7 +153,7 @@ def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
 
 
 def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
-    """Take gradients from the parameters that this stage does not train."""
+    """Turn off gradients of the parameters that this stage does not train."""
     rates, table = recipe.learning_rate.by_group, architecture(model.config)
     for name, parameter in model.named_parameters():
         asked_for = table[name].part not in recipe.idle
@@ -163,7 +163,7 @@ def freeze(model: QLIP, recipe: Stage1Recipe) -> None:
 
 
 def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world: World) -> Stage:
-    """Model (on the device, all parts) to what the loop steps."""
+    """The stage that the loop steps, from a model (on the device, all parts)."""
     precision = Precision.of(engine, world.device)
     model.train()
     freeze(model, recipe)
@@ -180,7 +180,7 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
 
     def backward(batches: Sequence[Batch], step: int, probe: LayerProbe | None) -> Backward:
         found = accumulated_backward(losses, batches, probe=probe, syncing=wrapped.syncing)
-        # InfoNCE uses it outside the wrapped forward, so no engine averages it.
+        # InfoNCE uses logit_scale outside the wrapped forward, so no engine averages its gradient.
         if model.logit_scale.requires_grad:
             average_gradients([model.logit_scale], world)
         return Backward(found.terms, found.features[0])

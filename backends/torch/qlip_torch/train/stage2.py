@@ -1,7 +1,7 @@
-"""Stage 2: bottleneck and decoder learn to please the eye; encoder and text tower stay (SPEC section 3).
+"""Stage 2: bottleneck and decoder learn to look good; encoder and text tower do not change (SPEC section 3).
 
-Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan` (and `1 - SSIM`, where a recipe gives it a
-weight). The text tower is not in memory, the frozen encoder runs once a step without gradients. Legend: B
+Minimises `a_r' L_mse + a_q' L_bsq + a_p' L_lpips + a_g' L_gan` (and `1 - SSIM`, if a recipe gives it a
+weight). The text tower is not in memory; the frozen encoder runs once per step, without gradients. Legend: B
 images, N patches, D width, L bits.
 """
 
@@ -40,16 +40,16 @@ from qlip_torch.train.stage import Backward, LayerProbe, Stage
 from qlip_torch.train.stage1 import objectives_of_code, reconstruct
 
 PARTS = ("encoder", "down", "up", "decoder")
-"""What is in memory."""
+"""The parts in memory."""
 
 
 R1_ROWS = 16
-"""Images that the R1 penalty is taken of at once: a gradient of a gradient, in float32, keeps 0.5 GB of each at 256 px."""
+"""Images per R1 computation: a second derivative in float32 keeps 0.5 GB for each image at 256 px."""
 
 
 class Encoded(NamedTuple):
-    """A micro-batch behind the frozen encoder: pixels as of `Batch`, which are not on the device, and patch
-    features z [B, N, D]."""
+    """A micro-batch after the frozen encoder: `Batch`'s pixels, not on the device, and patch features z
+    [B, N, D]."""
 
     pixels: Tensor
     z: Tensor
@@ -58,18 +58,18 @@ class Encoded(NamedTuple):
 class Forward(NamedTuple):
     u: Tensor
     """Unit latents [B, N, L], before the sign."""
-    made: Tensor
-    """The reconstruction [B, 3, S, S] in [-1, 1], as the losses that look at pictures take it."""
+    reconstruction: Tensor
+    """The reconstruction [B, 3, S, S] in [-1, 1], for the losses on pictures."""
     real: Tensor
-    """The pixels likewise. Without a decoder this and all but `u` is 0."""
+    """The input pixels likewise. Without decoding, everything but `u` is 0."""
     mse: Tensor
     commitment: Tensor
 
 
 class Stage2Network(nn.Module):
-    """The model from the encoder's features on, as one forward for an engine to wrap.
+    """The model from the encoder's features on, as one module for an engine to wrap.
 
-    `encode` and `reconstruct` are called beside it, without gradients.
+    `encode` and `reconstruct` are called directly, without gradients.
     """
 
     def __init__(self, model: QLIP, precision: Precision) -> None:
@@ -79,13 +79,13 @@ class Stage2Network(nn.Module):
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Encoded:
-        """Pixels as of `Batch`."""
+        """Takes `Batch`'s pixels."""
         with self.precision.autocast():
             return Encoded(pixels, self.model.encode(self.normalize(pixels))[1].contiguous())
 
     @torch.no_grad()
     def reconstruct(self, pixels: Tensor) -> Tensor:
-        """Pixels as of `Batch` to what the decoder makes of their code, normalised [B, 3, S, S]."""
+        """`Batch`'s pixels to their reconstruction, normalised [B, 3, S, S]."""
         return reconstruct(self.model, self.normalize(pixels), self.precision)
 
     def forward(self, pixels: Tensor, z: Tensor, decode: bool) -> Forward:
@@ -102,15 +102,15 @@ class Stage2Network(nn.Module):
             commitment = (
                 objectives.commitment(z, z_hat) if z_hat.shape == z.shape else u.new_zeros(())
             )
-            made, real = clip_to_signed(pixels_hat), clip_to_signed(pixels)
-            return Forward(u, made, real, objectives.mse(pixels_hat, pixels), commitment)
+            reconstruction, real = clip_to_signed(pixels_hat), clip_to_signed(pixels)
+            return Forward(u, reconstruction, real, objectives.mse(pixels_hat, pixels), commitment)
 
 
 class Adversary:
-    """The discriminator with its own optimizer: it learns from each micro-batch the generator made.
+    """The discriminator with its own optimizer; it learns from each micro-batch that the model reconstructs.
 
-    It is replicated, and its gradients are averaged in one message a step. They are not clipped: `clip` is
-    the model's, and Adam does not depend on their scale. Its learning rate follows the model's schedule.
+    It is replicated, and its gradients are averaged in one message per step. They are not clipped: `clip`
+    is for the model, and Adam does not depend on their scale. Its learning rate follows the model's schedule.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class Adversary:
         )
 
     def generator_loss(self, pixels_hat: Tensor) -> Tensor:
-        """What the generator hears; the discriminator's own gradients are left alone."""
+        """The adversarial loss of the model; leaves the discriminator's own gradients alone."""
         self.module.requires_grad_(False)
         try:
             with self.precision.autocast():
@@ -142,7 +142,7 @@ class Adversary:
             self.module.requires_grad_(True)
 
     def backward(self, pixels: Tensor, pixels_hat: Tensor, step: int, share: float) -> Terms:
-        """Add the gradients of its losses on a micro-batch, times `share` of the batch."""
+        """Add the gradients of its losses on a micro-batch, scaled by the micro-batch's `share` of the batch."""
         with self.precision.autocast():
             loss = discriminator_loss(self.module(pixels), self.module(pixels_hat.detach()))
         (loss * share).backward()
@@ -167,13 +167,13 @@ class Adversary:
         return gradient_norm(self.module.parameters(), self.world)
 
     def step(self) -> None:
-        """After `gradient_norm`."""
+        """Call after `gradient_norm`."""
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
 
 class Stage2Losses:
-    """The losses of stage 2, taken apart for accumulation (qlip_torch.train.accumulate)."""
+    """The losses of stage 2, split up for accumulation (qlip_torch.train.accumulate)."""
 
     def __init__(
         self,
@@ -188,8 +188,8 @@ class Stage2Losses:
         self.network, self.model, self.world = network, model, world
         self.precision, self.perceptual, self.adversary = precision, perceptual, adversary
         self._gan, self._gan_start = recipe.gan, recipe.discriminator.start
-        self.heard: Terms = {}
-        """The discriminator's own terms of this step, over its micro-batches."""
+        self.discriminator_terms: Terms = {}
+        """The discriminator's own terms in this step, over its micro-batches."""
         self._step, self._share = 0, 1.0
         self._seen: tuple[Tensor, Tensor] | None = None
         self.weights: dict[str, float] = {"mse": recipe.mse, "commitment": recipe.commitment}
@@ -201,19 +201,23 @@ class Stage2Losses:
             self.weights["ssim"] = recipe.ssim
 
     def begin(self, step: int, micro_batches: int) -> None:
-        """Before a step: whether the generator hears the discriminator yet."""
+        """Call before a step; decides whether the discriminator affects the model's loss yet."""
         if self.adversary is not None:
             self.weights["gan"] = self._gan if step >= self._gan_start else 0.0
-        self._step, self._share, self.heard = step, 1 / micro_batches, {}
+        self._step, self._share, self.discriminator_terms = step, 1 / micro_batches, {}
 
     def teach(self) -> None:
-        """After a micro-batch's backward, when nothing more is kept for that: the discriminator learns from what
-        was made. Hence it never waits for the batch, and one micro-batch's pictures are in memory."""
+        """Train the discriminator on a micro-batch's reconstruction, after the backward has freed its memory. Doing
+        so at once, not after the whole batch, keeps only one micro-batch's pictures in memory."""
         if self.adversary is None or self._seen is None:
             return
-        (real, made), self._seen = self._seen, None
-        for name, term in self.adversary.backward(real, made, self._step, self._share).items():
-            self.heard[name] = self.heard.get(name, 0) + term * self._share
+        (real, reconstruction), self._seen = self._seen, None
+        for name, term in self.adversary.backward(
+            real, reconstruction, self._step, self._share
+        ).items():
+            self.discriminator_terms[name] = (
+                self.discriminator_terms.get(name, 0) + term * self._share
+            )
 
     def features(self, inputs: Encoded) -> Features:
         return (self.network(inputs.pixels, inputs.z, False).u,)
@@ -223,12 +227,12 @@ class Stage2Losses:
         terms = {"mse": out.mse, "commitment": out.commitment}
         if self.perceptual is not None:
             with self.precision.autocast():
-                terms["lpips"] = self.perceptual(out.made, out.real)
+                terms["lpips"] = self.perceptual(out.reconstruction, out.real)
         if "ssim" in self.weights:
-            terms["ssim"] = objectives.ssim(out.made, out.real)
+            terms["ssim"] = objectives.ssim(out.reconstruction, out.real)
         if self.adversary is not None:
-            terms["gan"] = self.adversary.generator_loss(out.made)
-            self._seen = out.real, out.made.detach()
+            terms["gan"] = self.adversary.generator_loss(out.reconstruction)
+            self._seen = out.real, out.reconstruction.detach()
         return (out.u,), terms
 
     def of_features(self, features: Features) -> Terms:
@@ -241,7 +245,7 @@ class Stage2Losses:
 def build_stage2(
     model: QLIP, recipe: Stage2Recipe, engine: EngineRecipe, world: World, seed: int
 ) -> Stage:
-    """Model (on the device, the parts of PARTS) to what the loop steps."""
+    """The stage that the loop steps, from a model (on the device, the parts in PARTS)."""
     precision = Precision.of(engine, world.device)
     model.train()
     table = architecture(model.config)
@@ -260,7 +264,7 @@ def build_stage2(
     if recipe.lpips:
         perceptual = build_perceptual(recipe.perceptual, seed).to(world.device)
     if recipe.gan:
-        # The same first weights on every rank.
+        # The same initial weights on every rank.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             adversary = Adversary(
@@ -274,7 +278,7 @@ def build_stage2(
         found = accumulated_backward(
             losses, encoded, probe=probe, syncing=wrapped.syncing, after_each=losses.teach
         )
-        return Backward(found.terms | losses.heard, found.features[0])
+        return Backward(found.terms | losses.discriminator_terms, found.features[0])
 
     return Stage(
         number=2,

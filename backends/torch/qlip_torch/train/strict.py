@@ -1,7 +1,7 @@
 """Strict settings: frozen dataclasses from TOML and back.
 
-An unknown key is an error that names it and the nearest valid one; a value of the wrong type says what it
-should be; errors of a dataclass' own checks, which begin with the field, say where in the tree it stands.
+An unknown key is an error that names it and the nearest valid one; one for a value of the wrong type says
+what it should be; errors from a dataclass's own checks begin with the field, and its place is put before it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def toml_value(text: str) -> Any:
-    """A value as TOML writes it or, where it is none, the text itself."""
+    """`text` as a TOML value or, if it is not one, the text itself."""
     try:
         return _tomllib().loads(f"value = {text}")["value"]
     except ValueError:
@@ -77,7 +77,7 @@ def _toml_value(value: Any) -> str:
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """A dataclass from a tree of dictionaries; `where` is its place ("stage1."). Raises RecipeError."""
+    """A dataclass from a tree of dictionaries; `where` is its place in the recipe ("stage1."). Raises RecipeError."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     known = {}
@@ -94,7 +94,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
 
 def at_least(settings: Any, least: float, *names: str) -> None:
-    """Raises RecipeError where one of these fields is less."""
+    """Raises RecipeError if one of these fields is below `least`."""
     for name in names:
         value = getattr(settings, name)
         if not value >= least:
@@ -136,7 +136,7 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Dataclasses as dictionaries; what is None is left out (TOML has no such value)."""
+    """Dataclasses as dictionaries, without values that are None (TOML has no such value)."""
     if dataclasses.is_dataclass(value):
         pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: plain(each) for name, each in pairs if each is not None}

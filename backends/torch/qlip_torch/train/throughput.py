@@ -30,8 +30,8 @@ class ForwardFlops:
     def training(self, trained: Collection[str], present: Collection[str]) -> float:
         """FLOPs of an image's training step, by `qlip_core.architecture.PARTS`.
 
-        Of what is trained, backward costs two forwards; of a frozen part one if gradients run through it to
-        a trained one before it, else none. `present`: what is run at all.
+        Backward costs two forwards for a trained part; for a frozen part one if gradients flow through it to
+        an earlier trained part, else none. `present`: the parts that run at all.
         """
         bottleneck = self.bottleneck / 2
         costs = {
@@ -52,7 +52,7 @@ class ForwardFlops:
 def forward_flops(config: QLIPConfig) -> ForwardFlops:
     """FLOPs per image of a QLIP of this configuration.
 
-    The caption is counted at its full `max_position_embeddings` tokens, which is what is run.
+    The caption counts as `max_position_embeddings` tokens, since that is what runs.
     """
     vision, decoder, text = config.vision_config, config.decoder_config, config.text_config
     patches, pixels = config.num_patches, 3 * vision.patch_size**2
@@ -71,7 +71,7 @@ def forward_flops(config: QLIPConfig) -> ForwardFlops:
 
 
 def _tower(tower: TextConfig | VisionConfig, tokens: int) -> float:
-    """Transformer blocks: 4 D^2 of projections, 2 or 3 D*I of MLP, 2 T*D of attention a token."""
+    """Transformer blocks: per token 4 D^2 of projections, 2 or 3 D*I of MLP, 2 T*D of attention."""
     width = tower.hidden_size
     mlp = (3 if tower.swiglu else 2) * width * tower.intermediate_size
     return tower.num_hidden_layers * tokens * 2 * (4 * width**2 + mlp + 2 * tokens * width)
@@ -92,13 +92,13 @@ def matmul_rate(
 
 @functools.cache
 def _matmul_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
-    # Its own random numbers: a run's must not depend on what was measured.
+    # Its own random numbers, so that the measurement does not affect the run's.
     own = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, device=device, dtype=dtype, generator=own) for _ in range(2))
     out = torch.empty_like(a)
     repeats = 4
     if device.type == "cpu" and dtype != torch.float32:
-        # A type that the CPU has no instructions for takes seconds a product: then a small one is enough. The
+        # A product takes seconds if the CPU has no instructions for the type; a small one is enough then. The
         # best of several, since one may have waited for a busy CPU.
         each = float("inf")
         for _ in range(5):

@@ -1,4 +1,4 @@
-"""Training behind the interface of qlip_core.training, for the command line."""
+"""Training with the interface of qlip_core.training, for the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A first look at a trained model: `qlip eval`'s measures, on fewer pictures."""
+"""A quick evaluation of a trained model: `qlip eval`'s measures on fewer pictures."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from qlip_core.model import Model, load
 def validate_emoji(
     folder: str | Path, device: torch.device, *, scenes: int = 256, renderings: int = 300
 ) -> list[str]:
-    """What an exported model does on pictures that training never saw, in lines to print.
+    """How an exported model does on pictures that training never saw, in lines to print.
 
-    Two things are kept apart: names that training saw, in renderings it did not see, and names it never
-    saw, which alone deserve the word zero-shot.
+    Two results are kept apart: for names that training saw, in renderings it did not see, and for names it
+    never saw. Only the latter is zero-shot.
     """
     model = _load(folder, device)
     size = model.config.image_size
@@ -46,14 +46,14 @@ def validate_emoji(
 
 
 def validate_on(folder: str | Path, device: torch.device, location: str, count: int) -> list[str]:
-    """What an exported model does on the first `count` pictures of a set, in lines to print: PSNR and SSIM,
-    and how many captions are found among all. Raises DataError where the set cannot be read."""
+    """How an exported model does on the first `count` pictures of a set, in lines to print: PSNR, SSIM and
+    retrieval of captions. Raises DataError if the set cannot be read."""
     model = _load(folder, device)
     examples = StoredExamples(location, limit=count)
     lines = [_reconstruction(model, examples, f"pictures of {location}")]
     try:
         found = evaluate_retrieval(model, examples, batch_size=64)
-    except DataError as error:  # captions are not needed for the rest
+    except DataError as error:  # the other figures need no captions
         return [*lines, f"retrieval was not measured: {error}"]
     lines.append(
         f"retrieval among the captions of {found.protocol.count} pictures of {location}: R@1 "

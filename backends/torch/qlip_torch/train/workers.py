@@ -1,4 +1,4 @@
-"""How the processes that prepare batches begin and end, whatever happens to the trainer."""
+"""How the processes that prepare batches start and end, whatever happens to the trainer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def start_worker(worker: int) -> None:
     """What a worker does first.
 
-    Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer wants to finish its step
-    and save, then stops its workers by itself; a second SIGTERM is from a trainer tired of waiting.
+    Ctrl-C and a scheduler's SIGTERM reach the whole process group. The trainer finishes its step and saves,
+    then stops its workers itself; a second SIGTERM comes from a trainer that has waited too long.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(
@@ -29,9 +29,9 @@ def start_worker(worker: int) -> None:
 
 
 def _end_with_the_trainer() -> None:
-    # torch's own watch looks only between batches, and then can wait for ever on its full result queue.
-    # The trainer may be gone before this line runs, so a change of parent alone would be missed; and its
-    # pipe alone, since workers forked later hold it open as well.
+    # torch itself checks only between batches, and can then wait for ever on its full result queue. Both checks
+    # are needed: the trainer may be gone before this line runs, so that the parent never changes; and its pipe
+    # alone does not tell, since workers forked later hold it open as well.
     parent, trainer = os.getppid(), multiprocessing.parent_process()
     while os.getppid() == parent and trainer is not None and trainer.is_alive():
         time.sleep(1.0)
@@ -40,11 +40,11 @@ def _end_with_the_trainer() -> None:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """Around the start of workers.
+    """Wraps the start of workers.
 
-    Until a worker has its own handlers, signals wait; and `tokenizers`, which warns of a fork after it
-    used its threads, is told that the child will not. What lies about when a worker is forked is frozen
-    for its garbage collector: a tensor of the GPU that it let go of would take the worker down.
+    Signals are blocked until a worker has its own handlers. `tokenizers`, which warns about a fork after it
+    has used threads, is told not to use them. Existing objects are frozen, so that a worker's garbage
+    collector does not free a GPU tensor, which would crash the worker.
     """
     name = "TOKENIZERS_PARALLELISM"
     silent = name not in os.environ

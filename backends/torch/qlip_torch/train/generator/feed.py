@@ -30,14 +30,14 @@ from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.pictures import Normalizer
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What the generator is trained on (`Generator.forward`): caption features, which of them are valid, which
-captions are dropped, sub-tokens."""
+"""`Generator.forward`'s arguments: caption features, which of them are valid, which captions are dropped,
+sub-tokens."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Pictures to learn: `tokens` int64 [b, M] in raster order, b captions, and `places` int64 [b], the
-    numbers of these rows in the run, whatever the number of ranks and micro-batches."""
+    """Training pictures: `tokens` int64 [b, M] in raster order, b captions, and `places` int64 [b], the
+    rows' numbers in the run, independent of the number of ranks and micro-batches."""
 
     tokens: np.ndarray
     captions: Sequence[str]
@@ -45,7 +45,7 @@ class Rows:
 
 
 def dropped(seed: int, places: np.ndarray, probability: float) -> np.ndarray:
-    """Whose caption gives way to the null prefix: places int64 [b] -> bool [b], by arithmetic alone."""
+    """Which captions are replaced by the null prefix: places int64 [b] -> bool [b], without stored state."""
     drawn = mixed(places.astype(np.uint64), stable_hash(f"null prefix seed {seed}"))
     return (drawn >> np.uint64(11)) * 2.0**-53 < probability
 
@@ -73,13 +73,13 @@ class TokenFeed:
         if state is not None:
             if "digest" not in state["data"]:
                 raise DataError(
-                    "the saved data position is of an older version; start the run anew elsewhere"
+                    "the saved data position is from an older version; start a new run elsewhere"
                 )
             if state["data"] != self._identity:
                 raise DataError(
-                    f"{recipe.data.tokens}: not the token shards that the run was begun with, of "
-                    f"{state['data']['images']} images (these are of {len(self._shards)}): restore those, or "
-                    "start anew elsewhere"
+                    f"{recipe.data.tokens}: not the token shards that the run was started with, which had "
+                    f"{state['data']['images']} images (these have {len(self._shards)}): restore those, or "
+                    "start a new run elsewhere"
                 )
             self._samples = state["samples"]
 
@@ -152,8 +152,8 @@ class ImageFeed:
 
 
 class Prepared:
-    """The feed's rows as a step takes them. `ahead`: the next ones are made in a thread of their own,
-    on a stream of their own, while a GPU is busy with the last."""
+    """The feed's rows as a step's inputs. `ahead`: the next ones are made in a separate thread and CUDA
+    stream while the GPU is busy with the last."""
 
     def __init__(
         self, feed: TokenFeed | ImageFeed, prepare: Callable[[Rows], Inputs], *, ahead: bool
@@ -174,17 +174,17 @@ class Prepared:
         return inputs
 
     def _make(self) -> tuple[Inputs, dict[str, Any]]:
-        with torch.cuda.stream(self._stream):  # nothing where there is none
+        with torch.cuda.stream(self._stream):  # no effect if None
             return self._prepare(next(self._feed)), self._feed.state_dict()
 
     def settle(self) -> None:
-        """Wait until nothing is being made: for what shares the conditioner, whose tokenizer keeps a state of
-        its own, or the GPU. An error in it is raised where its rows are asked for."""
+        """Wait until nothing is being made, before something else uses the conditioner, whose tokenizer has
+        state, or the GPU. If making the rows fails, the error is raised when they are requested."""
         if self._next is not None:
             wait([self._next])
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the rows handed out so far end."""
+        """The position after the rows handed out so far."""
         return self._state
 
     @contextmanager
@@ -211,7 +211,7 @@ def make_feed(
 
 
 def no_ids(texts: Sequence[str]) -> np.ndarray:
-    """For the loader, which tokenizes in its workers: here captions go on as text."""
+    """A tokenizer for the loader that does nothing, since captions are passed on as text here."""
     return np.zeros((len(texts), 0), np.int64)
 
 

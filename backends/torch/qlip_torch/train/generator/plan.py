@@ -1,8 +1,8 @@
-"""What a generator's training will cost, said before it starts: parameters, sub-tokens, memory per device.
+"""What a generator's training will cost, printed before it starts: parameters, sub-tokens, memory per device.
 
 FLOPs are model FLOPs as in qlip_torch.train.throughput; the frozen tokenizer's are left out. Memory is an
-estimate: weights, gradients and optimizer state are counted, activations found with one block on
-tensors without contents, of which the model has `num_hidden_layers`.
+estimate: weights, gradients and optimizer state are counted; activations are found with one block on meta
+tensors (without contents) and multiplied by `num_hidden_layers`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def forward_flops(config: GeneratorConfig) -> float:
 
 
 def activation_bytes(config: GeneratorConfig, half: bool, checkpointing: bool) -> int:
-    """Bytes that one more image in a micro-batch keeps for backward: two images' less one's."""
+    """Bytes kept for backward by one more image in a micro-batch: those of two images minus those of one."""
     with FakeTensorMode():
         model = Generator(dataclasses.replace(config, num_hidden_layers=1))
         network = LossNetwork(model, Precision(half, torch.device("cpu")))

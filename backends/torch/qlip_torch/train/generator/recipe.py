@@ -1,6 +1,6 @@
 """The recipe of a generator: the tokenizer it is made for, its sizes, its data, its steps.
 
-As strict as the tokenizer's (qlip_torch.train.recipe), and told from it by `kind = "generator"`.
+As strict as the tokenizer's (qlip_torch.train.recipe), and distinguished from it by `kind = "generator"`.
 SPEC section 4 has LlamaGen's numbers.
 """
 
@@ -23,7 +23,7 @@ from qlip_torch.train.strict import at_least
 
 @dataclass(frozen=True)
 class GeneratorModelRecipe:
-    """A preset of qlip_core.generator.config, and what differs from it."""
+    """A preset of qlip_core.generator.config, and changes to it."""
 
     preset: str = "emoji"
     width: int | None = None
@@ -33,19 +33,19 @@ class GeneratorModelRecipe:
     key_value_heads: int | None = None
     qk_norm: bool | None = None
     group_size: int | None = None
-    """Bits of a sub-token; must divide the tokenizer's bits a patch."""
+    """Bits of a sub-token; must divide the tokenizer's bits per patch."""
     separate_sub_tokens: bool | None = None
     conditioner: Literal["qlip-text", "t5"] = "qlip-text"
     prefix_length: int | None = None
-    """Tokens of a caption; with "qlip-text" no more than the text tower's."""
+    """Tokens of a caption; with "qlip-text" at most the text tower's."""
     t5_model: str | None = None
     condition_size: int | None = None
     """Width of T5's features; with "qlip-text" it is the text tower's."""
     dropout: float = 0.1
     null_probability: float = 0.1
-    """Chance that a caption is dropped for the null prefix, which guidance needs."""
+    """Probability that the null prefix replaces a caption, which guidance needs."""
     sampling: Sampling | None = None
-    """How pictures are drawn unless told otherwise; written into the generator."""
+    """Default settings for drawing; written into the generator."""
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
@@ -68,7 +68,7 @@ class GeneratorModelRecipe:
             condition_size=self.condition_size,
             sampling=self.sampling,
         )
-        # What follows from another size is derived again, not kept from the preset.
+        # Sizes that follow from a changed one are derived again, not kept from the preset.
         if self.width is not None:
             sizes.setdefault("intermediate_size", 0)
         if self.heads is not None:
@@ -87,10 +87,10 @@ class GeneratorModelRecipe:
 
 @dataclass(frozen=True)
 class GeneratorDataRecipe:
-    """Token shards of `qlip tokenize`, or captioned images that the tokenizer encodes as they come.
+    """Token shards from `qlip tokenize`, or captioned images that the tokenizer encodes during training.
 
-    `tokens` is a folder, file or pattern of shards; empty: `images`. `flip` is the chance that a shard's
-    mirror image is taken, where it has them; images have a `flip` of their own.
+    `tokens` is a folder, file or pattern of shards; if empty, `images` is used. `flip` is the probability of
+    taking a picture's mirror image, if the shards have them; images have a `flip` of their own.
     """
 
     tokens: str = ""
@@ -118,7 +118,7 @@ class GeneratorStepsRecipe(StepsRecipe):
 
 @dataclass(frozen=True)
 class GeneratorLogRecipe:
-    """How often what is shown, in steps; 0 is never. `prompts` with `seed` are drawn each time."""
+    """How often things are logged, in steps; 0 is never. Pictures are drawn of `prompts` with `seed`."""
 
     metrics: int = 10
     pictures: int = 1000
@@ -130,7 +130,9 @@ class GeneratorLogRecipe:
         at_least(self, 0, "pictures")
         check_seed(self.seed)
         if self.pictures and not self.prompts:
-            raise RecipeError("prompts is empty: name at least one, or draw none: pictures = 0")
+            raise RecipeError(
+                "prompts is empty: give at least one, or set pictures = 0 to draw none"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,14 +147,14 @@ class GeneratorRecipe(RecipeFile):
     devices: int = 1
     """Number of devices the sizes are meant for."""
     seed: int = 0
-    """Of the first weights, dropout, dropped captions, and the order of token shards."""
+    """Seed of initial weights, dropout, dropped captions, and the order of token shards."""
     tokenizer: str = ""
-    """The QLIP checkpoint it is made for: a folder or hub id; empty: the one that ships with qlip."""
+    """The QLIP checkpoint it is made for: a folder or hub id; empty: the one that comes with qlip."""
     tokenizer_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """In which the frozen tokenizer encodes images and captions."""
+    """The type in which the frozen tokenizer encodes images and captions."""
     start: str = ""
-    """A generator of the same sizes to continue from: its folder, or a model that has one, "bundled" too. Its
-    weights, all of them, and nothing else; it may have been made for another tokenizer. Empty: random weights."""
+    """A generator of the same sizes to continue from: its folder, or a model that has one (also "bundled"). Only
+    its weights are used; it may have been made for another tokenizer. Empty: random weights."""
     model: GeneratorModelRecipe = field(default_factory=GeneratorModelRecipe)
     data: GeneratorDataRecipe = field(default_factory=GeneratorDataRecipe)
     training: GeneratorStepsRecipe = field(default_factory=GeneratorStepsRecipe)

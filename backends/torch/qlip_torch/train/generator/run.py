@@ -1,6 +1,6 @@
-"""A whole run of a generator's training, in a folder that says everything about it.
+"""A whole run of a generator's training, in a folder that records everything about it.
 
-OUT/recipe.toml    the recipe as it is run
+OUT/recipe.toml    the recipe as run
 OUT/metrics.jsonl, curves.png, pictures/, checkpoints/
 OUT/generator/     the trained generator, once all steps are done
 """
@@ -52,13 +52,13 @@ from qlip_torch.train.run_folder import (
 
 @dataclass(frozen=True)
 class GeneratorResult:
-    """What a run left behind."""
+    """What a run produced."""
 
     out: Path
     generator: Path | None
     """The exported generator; None after a dry run."""
     plan: GeneratorPlan | None
-    """On the first rank, unless the run had been finished before."""
+    """On the first rank, unless the run was already finished."""
 
 
 def train_generator(
@@ -72,8 +72,8 @@ def train_generator(
 ) -> GeneratorResult:
     """Train as the recipe says, in the folder `out`. Under torchrun every process calls this.
 
-    Arguments and errors are those of `qlip_torch.train.run.train`; CheckpointError for a tokenizer that is
-    not there, TokenFileError for token shards of another one.
+    Arguments and errors are those of `qlip_torch.train.run.train`; also raises CheckpointError for a tokenizer
+    that does not exist, TokenFileError for token shards of another one.
     """
     out = Path(out)
     recipe = _settled(recipe, out, resume, steps, dry_run)
@@ -84,7 +84,7 @@ def train_generator(
             return GeneratorResult(out, None, run.dry())
         with only_run_in(out) if world.is_first else nullcontext():
             if world.is_first:
-                check_begun(out, recipe, resume)  # once more: another run may just have ended
+                check_begun(out, recipe, resume)  # again: another run may just have ended
                 write_text(out / RECIPE, recipe.to_toml())
             world.barrier()
             plan = run.train()
@@ -122,7 +122,7 @@ class _Run:
         self.conditioner = make_conditioner(self.config, self.tokenizer, world)
 
     def dry(self) -> GeneratorPlan | None:
-        """The plan, and everything built: weights, engine, optimizer, the first batch."""
+        """Build everything: weights, engine, optimizer, the first batch. Returns the plan."""
         plan = self._plan(dry=True)
         stage = self._build()
         feed = self._feed(stage, None)
@@ -131,15 +131,15 @@ class _Run:
         return plan
 
     def train(self) -> GeneratorPlan | None:
-        """All steps, from the newest checkpoint if there is one; then the generator's folder."""
+        """Run all steps, from the newest checkpoint if there is one; then write the generator's folder."""
         recipe, world, out = self.recipe, self.world, self.out
         if (out / FOLDER / "config.json").is_file():
             return None
-        # What is not there is said before anything costly is done.
+        # Missing data is reported before anything costly is done.
         make_feed(self.recipe, self.config, self.tokenizer, self.world)
         plan = self._plan()
         stage = self._build()
-        # Each rank draws dropout of its own.
+        # Each rank draws its own dropout.
         torch.manual_seed(recipe.seed + world.rank)
         checkpoints, done, places = resumed(out, recipe.checkpoints, stage)
         if done < recipe.training.steps:
@@ -224,7 +224,7 @@ class _Run:
         weights = open_generator(start).tensors()
         shapes = {name: array.shape for name, array in weights.items()}
         if problems := diff_tensors(self.config, shapes):
-            raise CheckpointError(f"start: {start} is of other sizes than the recipe's: {problems}")
+            raise CheckpointError(f"start: {start} has other sizes than the recipe: {problems}")
         return weights
 
     def _pictures(self, stage: GeneratorStage, feed: Prepared) -> Callable[[int], None]:
@@ -249,8 +249,8 @@ class _Run:
 
 
 def load_tokenizer(recipe: GeneratorRecipe, world: World) -> Model:
-    """The frozen tokenizer on this rank's device; of a run's folder, its newest stage."""
-    # Without the generator that may lie in its folder, made for this tokenizer or for an older one.
+    """The frozen tokenizer on this rank's device; for a run's folder, its newest stage's model."""
+    # Without any generator in its folder, which may have been made for an older tokenizer.
     checkpoint = open_checkpoint(model_behind(recipe.tokenizer) if recipe.tokenizer else None)
     network = get_backend("torch").network(
         checkpoint.config, checkpoint, device=str(world.device), dtype=recipe.tokenizer_dtype
@@ -259,7 +259,7 @@ def load_tokenizer(recipe: GeneratorRecipe, world: World) -> Model:
 
 
 def make_conditioner(config: GeneratorConfig, tokenizer: Model, world: World) -> Conditioner:
-    """What encodes captions: the tokenizer's text tower, or T5 on this rank's device."""
+    """The encoder of captions: the tokenizer's text tower, or T5 on this rank's device."""
     if config.conditioner == "t5":
         return T5Encoder(config.t5_model, config.prefix_length, str(world.device))
     checkpoint = tokenizer.checkpoint

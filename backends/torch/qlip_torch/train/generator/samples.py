@@ -1,4 +1,4 @@
-"""Pictures of a run: fixed prompts, drawn with a fixed seed by the rule that `qlip generate` follows."""
+"""Pictures of a run: fixed prompts, drawn with a fixed seed as `qlip generate` draws."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def save_samples(
     log: GeneratorLogRecipe,
     dtype: str,
 ) -> None:
-    """A PNG of the log's prompts, in rows; they and the seed stand in its metadata."""
+    """Save a PNG with pictures of the log's prompts, in rows; its metadata has the prompts and the seed."""
     pictures = draw_samples(config, weights, tokenizer, conditioner, log.prompts, log.seed, dtype)
     told = PngInfo()
     told.add_itxt("prompts", "\n".join(log.prompts))

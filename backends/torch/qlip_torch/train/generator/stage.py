@@ -1,4 +1,4 @@
-"""One step of the generator's training: cross entropy over sub-tokens, captions dropped now and then.
+"""One step of the generator's training: cross entropy over sub-tokens, some captions dropped.
 
 Legend: B rows, T prefix, M sub-tokens, V values of a sub-token.
 """
@@ -30,7 +30,7 @@ LOSS = "cross_entropy"
 
 
 class LossNetwork(nn.Module):
-    """The generator as one forward of training, for an engine to wrap."""
+    """The generator's training forward as one module, for an engine to wrap."""
 
     def __init__(self, model: Generator, precision: Precision) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class GeneratorStage:
     def step(self, batches: Sequence[Inputs], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches, each from `inputs`.
 
-        Raises NonFiniteError before the weights are touched.
+        Raises NonFiniteError before any weight changes.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
         set_rates(self.optimizer, rate)
@@ -113,15 +113,15 @@ class GeneratorStage:
         arrays = captions.features, captions.valid, captions.null, rows.tokens
         inputs = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
         if self.world.device.type == "cuda":
-            # Page-locked: it copies from there while the host goes on.
+            # Page-locked, so that the GPU copies while the host continues.
             inputs = (tensor.pin_memory() for tensor in inputs)
         features, valid, null, tokens = inputs
         return features, valid, null, tokens
 
     @torch.no_grad()
     def weights(self) -> dict[str, np.ndarray]:
-        """All tensors as float32 by name, on the first rank ({} elsewhere): the moving average where
-        there is one. Every rank calls it."""
+        """All tensors as float32 by name, on the first rank ({} elsewhere): the moving average if there is
+        one. Every rank calls it."""
         ema = self.memory.ema
         source = ema.shadow if ema is not None else dict(self.model.named_parameters())
         out = {}
@@ -133,7 +133,7 @@ class GeneratorStage:
 
 
 def _groups(model: Generator, recipe: GeneratorStepsRecipe) -> list[dict[str, Any]]:
-    """Decay on matrices, none on the norms' scales."""
+    """Parameter groups: matrices with decay, the norms' scales without."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     scales = [p for p in model.parameters() if p.ndim < 2]
     rate = {"name": GENERATOR, "lr": recipe.learning_rate, "base_lr": recipe.learning_rate}
