@@ -25,8 +25,8 @@ from qlip_mlx.sampler import MlxGenerator
 
 DEVICES = {"gpu": mx.gpu, "cpu": mx.cpu}
 
-# Type of activations and of weights that are not quantized, and bits of those that are. With quantized
-# weights the rest stays float32: what is saved is memory and its traffic, not arithmetic.
+# Type of activations and unquantized weights, and bits of quantized ones. With quantized weights the rest
+# stays float32, because quantization saves memory and bandwidth, not arithmetic.
 DTYPES: dict[str, tuple[mx.Dtype, int | None]] = {
     "float32": (mx.float32, None),
     "bfloat16": (mx.bfloat16, None),
@@ -35,7 +35,7 @@ DTYPES: dict[str, tuple[mx.Dtype, int | None]] = {
     "int4": (mx.float32, 4),
 }
 
-# MLX keeps freed buffers to use them again, up to most of a Mac's memory; one batch needs less than this.
+# MLX keeps freed buffers for reuse, up to most of a Mac's memory; one batch needs less than this limit.
 CACHE_BYTES = 1 << 30
 
 Forward = Callable[[mx.array], mx.array]
@@ -45,7 +45,7 @@ Forward = Callable[[mx.array], mx.array]
 class MlxBackend:
     """`compile`: fuse pointwise operations of the vision towers with `mx.compile`; None: on a GPU only.
 
-    On Linux' CPU it would run a C++ compiler, seconds for a network, and gain little.
+    On a Linux CPU it would run a C++ compiler, which takes seconds per network and gains little.
     """
 
     compile: bool | None = None
@@ -90,7 +90,7 @@ class MlxBackend:
 
 
 class MlxNetwork:
-    """A model whose parts are read when they are first used, and once."""
+    """A model that reads each of its parts when it is first used."""
 
     def __init__(
         self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str, compile: bool
@@ -104,9 +104,9 @@ class MlxNetwork:
         self._parts: dict[str, QLIP] = {}
         self._compiled: dict[str, Forward] = {}
         linux_cpu = _on_linux_cpu(device)
-        # Those are made for operations that run one by one.
+        # The polynomial kernels are made for operations that run one by one.
         self._kernels = PLAIN_CPU if linux_cpu and not compile else FUSED
-        # There everything but a tuned BLAS uses one core a stream.
+        # There, everything except a tuned BLAS uses one core per stream.
         self._streams = _streams(len(os.sched_getaffinity(0))) if linux_cpu else []
 
     def _part(self, part: str) -> QLIP:
@@ -149,9 +149,9 @@ class MlxNetwork:
 
     def embed_texts(self, ids: np.ndarray) -> np.ndarray:
         pooled = pooled_position(ids, self.config.text_config.eos_token_id)
-        # Attention is causal: nothing after the last pooled position is needed.
+        # Attention is causal, so positions after the last pooled one are not needed.
         needed = ids[:, : pooled.max(initial=0) + 1]
-        # Not compiled: texts are short and of many lengths, and each would be traced anew.
+        # Not compiled: texts are short and vary in length, and each length would be traced again.
         text = self._part("text")
         with self._scope():
             return _to_numpy(text.embed_text(mx.array(needed), mx.array(pooled)))
@@ -172,7 +172,7 @@ class MlxNetwork:
         return self._compiled[name]
 
     def _run(self, forward: Forward, batch: np.ndarray) -> np.ndarray:
-        """One batch through a forward and evaluated, a piece on each stream where there are several."""
+        """Run and evaluate a forward on one batch, split over the streams if there are several."""
         count = max(1, min(len(batch), len(self._streams)))
         pieces = []
         with self._scope():
@@ -188,7 +188,7 @@ class MlxNetwork:
 
 @contextmanager
 def scope(device: str) -> Iterator[None]:
-    """A device and the cache limit, and afterwards the caller's again."""
+    """Set the device and the cache limit, and restore the caller's afterwards."""
     before = mx.set_cache_limit(CACHE_BYTES)
     mx.set_cache_limit(min(before, CACHE_BYTES))
     try:
@@ -204,7 +204,7 @@ def _on_linux_cpu(device: str) -> bool:
 
 
 def _streams(count: int) -> list[mx.ThreadLocalStream]:
-    # Thread-local, so that a network made on one thread runs on another.
+    # Thread-local, so that a network made in one thread runs in another.
     return [mx.new_thread_local_stream(mx.cpu) for _ in range(count)]
 
 
@@ -213,7 +213,7 @@ def _as_is(forward: Forward) -> Forward:
 
 
 def _to_numpy(values: mx.array) -> np.ndarray:
-    # numpy has no bfloat16; bits stay bytes.
+    # numpy has no bfloat16; bits stay uint8.
     return np.array(values if values.dtype == mx.uint8 else values.astype(mx.float32))
 
 

@@ -1,11 +1,11 @@
 """The generator as MLX modules, for drawing: blocks small to large, the model, loading.
 
 SPEC sections 4 and 5. Legend: B sequences, T prefix, Q new positions, S positions so far, D width, H heads,
-K key-value heads, d = D/H, V values of a sub-token, n sub-tokens a patch.
+K key-value heads, d = D/H, V values of a sub-token, n sub-tokens per patch.
 
 Classes and their order are those of the PyTorch file. What differs: there is no training, so the
 projections of one input are always one matrix (`_laid_out` maps the checkpoint's names to these), and the
-output table is cut into one head a sub-token number.
+output table is split into one head per sub-token number.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rope = tuple[mx.array, mx.array]
 
 
 class LayerCache(Protocol):
-    """Takes the keys and values of new positions and gives those of all so far, [B, K, S, d]."""
+    """Stores the keys and values of new positions and returns those of all positions so far, [B, K, S, d]."""
 
     def put(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]: ...
 
@@ -39,7 +39,7 @@ class LayerCache(Protocol):
 def rotate(x: mx.array, rope: Rope) -> mx.array:
     """(a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head: [B, Q, heads, d] -> same.
 
-    The tables are [Q, 1, d], with the first half of the sines negative (`Generator.rope`).
+    The tables are [Q, 1, d], with the first half of the sines negated (`Generator.rope`).
     """
     cos, sin = rope
     a, b = mx.split(x, 2, axis=-1)
@@ -65,7 +65,7 @@ class Attention(nn.Module):
             self.k_norm = nn.RMSNorm(d, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, rope: Rope, mask: Mask, cache: LayerCache) -> mx.array:
-        """`mask` bool, broadcast to [B, H, Q, S]: what may be looked at; None: all before, causally."""
+        """`mask` bool, broadcast to [B, H, Q, S]: True where attention is allowed. None: causal."""
         together = mx.unflatten(self.qkv_proj(x), -1, (-1, self.head_dim))
         turning = self.heads + self.groups
         qk, v = together[:, :, :turning], together[:, :, turning:]
@@ -111,7 +111,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Table of embeddings, blocks and last norm: Llama's `model`."""
+    """Embedding table, blocks and final norm: Llama's `model`."""
 
     def __init__(self, config: GeneratorConfig, rows: int, kernels: Kernels) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def __call__(self, x: mx.array, rope: Rope, mask: Mask, caches: list[LayerCache]) -> mx.array:
-        """Embeddings [B, Q, D] -> last hidden states, normed."""
+        """Embeddings [B, Q, D] -> last hidden states, normalised."""
         for layer, cache in zip(self.layers, caches):
             x = layer(x, rope, mask, cache)
         return self.norm(x)
@@ -136,7 +136,7 @@ class CaptionProjector(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.fc1(x)
-        # Not MLX's own: it is compiled apart, which on Linux means running a C++ compiler.
+        # Not MLX's own, which is compiled separately; on Linux that runs a C++ compiler.
         inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
         return self.fc2(0.5 * x * (1 + mx.tanh(inner)))
 
@@ -181,12 +181,11 @@ class Generator(nn.Module):
         return self.heads[number % len(self.heads)](states)
 
     def text_logits(self, states: mx.array) -> mx.array:
-        """States that predict a word: [..., D] -> [..., text_vocab_size]: for the unified model (SPEC section 5)."""
+        """States that predict a text token: [..., D] -> [..., text_vocab_size], for the unified model (SPEC section 5)."""
         return self.text_head(states)
 
     def rope(self, at: np.ndarray | None = None) -> Rope:
-        """Rotary tables of positions [S, axes] (None: of a whole picture), float32 [S, 1, d] each, for
-        `rotate`."""
+        """Rotary tables for `rotate` of positions [S, axes] (None: a whole picture), float32 [S, 1, d] each."""
         where = positions(self.config) if at is None else at
         cos, sin = rotary_tables(self.config, where)
         cos, sin = np.concatenate([cos, cos], -1), np.concatenate([-sin, sin], -1)
@@ -225,7 +224,7 @@ def load(
 
 
 def _laid_out(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors under the names of these modules: several as one, one as several."""
+    """The checkpoint's tensors under these modules' names, some joined and some split."""
     out = {name: array for name, array in arrays.items() if name != "lm_head.weight"}
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"

@@ -1,9 +1,9 @@
-"""Attention, SiLU and the layout of weights: MLX's own forms, and those for the one device they are slow on.
+"""Attention, SiLU and the layout of weights: MLX's own, and others for the one device where those are slow.
 
 MLX's Linux CPU build computes exponentials one at a time (about 16 ns each, where a product takes 0.3 ns), so
 that softmax and SiLU would cost as much as all matrix products together. There a polynomial made of
 products, sums and shifts is three times as fast. And its plain BLAS takes 2.4 times as long for a matrix
-that lies in memory by rows of outputs. GPUs and the CPU of a Mac do best with MLX's own.
+stored as [out, in] by rows. GPUs and the CPU of a Mac are fastest with MLX's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# What may be looked at: bool, broadcast to [B, H, Q, S]; "causal"; or None, everything.
+# Where attention is allowed: bool, broadcast to [B, H, Q, S]; "causal"; or None, everywhere.
 Mask = mx.array | str | None
 Attend = Callable[[mx.array, mx.array, mx.array, Mask], mx.array]
 Unary = Callable[[mx.array], mx.array]
@@ -26,7 +26,7 @@ _TO_INTEGER = 1.5 * 2**23  # a float32 plus this is rounded, and its lowest bits
 
 
 def exp2(t: mx.array) -> mx.array:
-    """2^t for float32 t below 127; what would be under 2^-126 is 2^-126."""
+    """2^t for float32 t below 127; at least 2^-126."""
     t = mx.maximum(t, _LOWEST)
     shifted = t + _TO_INTEGER
     f = t - (shifted - _TO_INTEGER)
@@ -51,20 +51,20 @@ def attend_polynomial(q: mx.array, k: mx.array, v: mx.array, mask: Mask) -> mx.a
     )  # heads of a group as rows
     keys = k.swapaxes(-1, -2)
     if Q > 1:
-        keys = mx.contiguous(keys)  # by columns, as weights are
+        keys = mx.contiguous(keys)  # by columns, like weights
     scores = (grouped @ keys).astype(mx.float32).reshape(B, H, Q, S)
     if isinstance(mask, mx.array):
         scores = mx.where(mask, scores, -mx.inf)
     elif mask == "causal":
         scores = scores + mx.triu(mx.full((Q, S), -mx.inf), 1)
     weights = exp2(scores - scores.max(-1, keepdims=True))
-    # Dividing after the product touches d values a row instead of S.
+    # Dividing after the product takes d divisions per row instead of S.
     y = weights.astype(v.dtype).reshape(B, K, H // K * Q, S) @ v
     return y.reshape(B, H, Q, d) / weights.sum(-1, keepdims=True).astype(v.dtype)
 
 
 def silu_fused(x: mx.array) -> mx.array:
-    # Not nn.silu: that is compiled by itself, on Linux with a C++ compiler at run time.
+    # Not nn.silu, which is compiled separately; on Linux that runs a C++ compiler.
     return x * mx.sigmoid(x)
 
 
@@ -75,7 +75,7 @@ def silu_polynomial(x: mx.array) -> mx.array:
 
 
 def by_columns(weight: mx.array) -> mx.array:
-    """The same matrix [out, in], lying in memory as its transpose."""
+    """The same matrix [out, in], stored in memory as its transpose."""
     return mx.contiguous(weight.T).T
 
 
@@ -85,7 +85,7 @@ def as_published(weight: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Kernels:
-    """What a model computes attention and SiLU with, and how its linears' weights lie in memory."""
+    """How a model computes attention and SiLU, and how the weights of its linear layers are stored."""
 
     attend: Attend
     silu: Unary

@@ -4,8 +4,8 @@ SPEC sections 1.1 to 1.4. Parameter names are those of `qlip_core.architecture`.
 N patches, D width, H heads, d = D/H, L bits, T tokens (N+1 with CLS in the encoder, text positions in
 the text tower), S image side, p patch side, P projection.
 
-Classes and their order are those of the PyTorch file. What differs: the forms of attention and SiLU
-are chosen by device (`Kernels`), the patch kernel is held flat, weights may be quantized.
+Classes and their order are those of the PyTorch file. What differs: attention and SiLU are chosen by
+device (`Kernels`), the patch kernel is stored flat, weights may be quantized.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from qlip_mlx.quantize import fits, quantize
 class Rotary:
     """EVA-02's 2-D rotary embedding of the patches of a grid (SPEC 1.2).
 
-    `leading` tokens before the patches (CLS) are not turned. The tables are float32 and belong to no
-    checkpoint.
+    `leading` tokens before the patches (CLS) are not rotated. The tables are float32 and not stored in
+    checkpoints.
     """
 
     def __init__(self, grid: tuple[int, int], head_dim: int, leading: int) -> None:
@@ -40,7 +40,7 @@ class Rotary:
         self.sin = mx.array(np.pad(sin, rows)[:, None], mx.float32)
 
     def __call__(self, x: mx.array) -> mx.array:
-        """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) on neighbours: [B, T, H, d] -> same."""
+        """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent pairs: [B, T, H, d] -> same."""
         pairs = mx.unflatten(x, -1, (x.shape[-1] // 2, 2))
         turned = mx.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
         return (x * self.cos + turned * self.sin).astype(x.dtype)
@@ -134,7 +134,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of a tower. `leading` tokens stand before the patches of a vision tower."""
+    """The blocks of a tower. In a vision tower, `leading` tokens precede the patches."""
 
     def __init__(
         self,
@@ -171,7 +171,7 @@ class BottleneckMLP(nn.Module):
         return self.c_proj(gelu(self.c_fc(x)))
 
 
-# Not MLX's own: it is compiled apart, which on Linux means running a C++ compiler.
+# Not MLX's own, which is compiled separately; on Linux that runs a C++ compiler.
 def gelu(x: mx.array) -> mx.array:
     return x * (0.5 * (1 + mx.erf(x * math.sqrt(0.5))))
 
@@ -226,7 +226,7 @@ class PatchEmbedding(nn.Module):
     """A linear map of each patch: [B, 3, S, S] -> [B, N, D].
 
     `weight` is the published kernel [D, 3, p, p] laid flat, [D, 3*p*p] (`_laid_out`). It is never
-    quantized: under 1 % of the encoder, and what stands before everything else.
+    quantized, being under 1 % of the encoder and the first layer, whose errors reach all others.
     """
 
     def __init__(self, config: VisionConfig) -> None:
@@ -254,7 +254,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """Visual encoder and both sides of the bottleneck, as far as `parts` asks for them."""
+    """Visual encoder and both sides of the bottleneck, or those of them that `parts` names."""
 
     def __init__(self, config: VisionConfig, parts: tuple[str, ...], kernels: Kernels) -> None:
         super().__init__()
@@ -327,7 +327,7 @@ class QLIP(nn.Module):
     def hidden_states(self, pixels: mx.array, layer: int) -> mx.array:
         """State after `layer` layers [B, N+1, D], CLS first; 0 the embeddings, -1 the last layer.
 
-        Layers beyond it do not run. That there is such a layer is for `qlip_core.Model` to check.
+        Later layers do not run. `qlip_core.Model` checks that the layer exists.
         """
         return self.vision_model(pixels, layer % (self.config.vision_config.num_hidden_layers + 1))
 
@@ -401,7 +401,7 @@ def unquantized(config: QLIPConfig, parts: tuple[str, ...] = PARTS) -> list[str]
 
 
 def _laid_out(name: str, array: np.ndarray) -> np.ndarray:
-    """A published tensor as it is held here: only the patch kernel differs."""
+    """A published tensor as stored here; only the patch kernel differs."""
     if name == "vision_model.embeddings.patch_embedding.weight":
         return array.reshape(len(array), -1)
     return array

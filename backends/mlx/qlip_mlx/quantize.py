@@ -13,5 +13,5 @@ def quantize(model: nn.Module, bits: int) -> None:
 
 
 def fits(module: nn.Module) -> bool:
-    """Whether a module is one that `quantize` changes."""
+    """Whether `quantize` changes a module."""
     return isinstance(module, nn.Linear) and module.weight.shape[-1] % GROUP == 0

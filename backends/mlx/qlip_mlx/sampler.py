@@ -1,7 +1,7 @@
 """Drawing with a generator in MLX: the cache, the noise, the filters, the loop over sub-tokens.
 
-The rule is qlip_core.generator.sampling's, in MLX's arrays. Steps are queued with `async_eval` while
-earlier ones run; the device is waited for only where sub-tokens are handed out, every `Draw.every` steps.
+It follows the rule of qlip_core.generator.sampling, in MLX's arrays. Steps are queued with `async_eval`
+while earlier ones run; the host waits only when it hands sub-tokens out, every `Draw.every` steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def mix(x: mx.array) -> mx.array:
 
 
 def hash_values(keys: mx.array, count: int) -> mx.array:
-    """Keys uint32 [..., 2] -> hash of the values 0 to `count` - 1, uint32 [..., count]."""
+    """Keys uint32 [..., 2] -> hashes of the values 0 to `count` - 1, uint32 [..., count]."""
     values = mx.arange(count, dtype=mx.uint32)
     x = mix(values * mx.array(GOLDEN, mx.uint32) + keys[..., :1])
     return mix(x ^ keys[..., 1:])
@@ -51,7 +51,7 @@ def keep(logits: mx.array, top_k: int, top_p: float) -> mx.array:
     k = min(top_k, V) if top_k else V
     if k == V and top_p >= 1:
         return logits
-    largest = mx.topk(logits, k, axis=-1)  # in no order: sorting all would take eight times as long
+    largest = mx.topk(logits, k, axis=-1)  # unsorted: sorting all would take eight times as long
     threshold = largest.min(-1, keepdims=True)
     if top_p < 1:
         largest = mx.sort(largest, axis=-1)[:, ::-1]
@@ -81,8 +81,8 @@ def guide(logits: mx.array, scale: float) -> mx.array:
 
 
 class Cache:
-    """Keys and values of all positions, [B, K, S, d] a layer, allocated once; `at` says where the
-    next ones go."""
+    """Keys and values of all positions, [B, K, S, d] per layer, allocated once; `at` says where the next
+    ones go."""
 
     def __init__(self, config: GeneratorConfig, batch: int, dtype: mx.Dtype) -> None:
         shape = (batch, config.num_key_value_heads, config.sequence_length, config.head_dim)
@@ -113,8 +113,8 @@ class _Layer:
 class MlxGenerator:
     """A generator on a device, behind the interface of qlip_core.generator.network.
 
-    `scope` sets the device (and what goes with it) for as long as it is open. `aside` is a stream of the
-    CPU that makes noise while a step is computed, much of which keeps one core busy; None: the same stream.
+    `scope` is a context that sets the device and the cache limit. `aside` is a CPU stream that makes noise
+    while a step is computed, since much of a step keeps only one core busy; None: the same stream.
     """
 
     model: Generator
@@ -128,14 +128,14 @@ class MlxGenerator:
         """Sub-tokens in raster order, int64 [B, `order.every`] each time."""
         steps = self._steps(order)
         for start in range(0, order.steps, order.every):
-            # Not around the yield: between two chunks the device is the caller's.
+            # Not around the yield, so that the caller's device is set between two chunks.
             with self.scope():
                 chunk = [next(steps) for _ in range(min(order.every, order.steps - start))]
                 drawn = np.array(mx.stack(chunk, axis=1))
             yield drawn.astype(np.int64)
 
     def _steps(self, order: Draw) -> Iterator[mx.array]:
-        """The values of one step after the other, uint32 [B], queued but not waited for."""
+        """Each step's values in turn, uint32 [B], queued but not waited for."""
         model, config = self.model, self.model.config
         captions = order.rows
         B, T = captions.valid.shape
@@ -164,7 +164,7 @@ class MlxGenerator:
             mask = after[..., : cache.at.stop] if padded else None
 
     def _noise(self, order: Draw, keys: mx.array) -> mx.array | None:
-        """A step's keys uint32 [B, 2] -> noise [B, V], begun at once; None at temperature 0."""
+        """A step's keys uint32 [B, 2] -> noise [B, V], started at once; None at temperature 0."""
         if order.sampling.temperature == 0:
             return None
         with mx.stream(self.aside) if self.aside else nullcontext():
@@ -174,8 +174,8 @@ class MlxGenerator:
 
 
 def causal_mask(length: int, seen: mx.array) -> mx.array:
-    """What each of the prefix's positions may look at, bool [B, 1, T, T]: what is before it and no
-    padding (`seen` bool [B, T]). Padding sees itself, so that no row is empty."""
+    """Where each of the prefix's positions may attend to, bool [B, 1, T, T]: itself and earlier positions that
+    are not padding (`seen` bool [B, T]). Padding attends to itself, so that no row is empty."""
     places = mx.arange(length)
     before = places[None] <= places[:, None]
     itself = places[None] == places[:, None]
