@@ -351,5 +351,5 @@ def test_positions_by_hand() -> None:
     np.testing.assert_allclose(out[1:, 0].reshape(4, 4), expected, rtol=1e-6)
     assert resample_positions(table, (2, 2)) is table
     assert resample_positions(table, (1, 3)).shape == (4, 1)
-    with pytest.raises(ValueError, match="no square"):
+    with pytest.raises(ValueError, match="not a square"):
         resample_positions(table[:4], (2, 2))

@@ -102,7 +102,7 @@ def test_a_moved_run_is_exported_with_its_own_tokenizer(
     made = open_checkpoint(export("elsewhere", "out"))
     assert made.tokenizer is not None
     shutil.rmtree(Path(moved) / "tokenizer")
-    with pytest.raises(CheckpointError, match="is not in run/tokenizer any more"):
+    with pytest.raises(CheckpointError, match="is no longer in run/tokenizer"):
         export("elsewhere", "again")
     assert not Path("again").exists()
 
