@@ -1,6 +1,6 @@
-"""The architecture as data: every tensor of a checkpoint, with its shape and how it starts.
+"""The architecture as data: every tensor of a checkpoint, with its shape and initial values.
 
-Both backends build from this table, load against it and are tested against it. The order is that of
+Both backends are built from this table, check what they load against it and are tested with it. It follows
 the forward pass: text tower, visual encoder, bottleneck, visual decoder (SPEC section 2).
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.tensorfile import listed
 
-# A part is what is loaded together: images need no text tower, bits need no decoder.
+# A part is loaded as a whole: images need no text tower, encoding needs no decoder.
 PARTS = ("text", "encoder", "down", "up", "decoder")
 
 # Tables that published files may carry; they follow from the config, so they are not read.
@@ -26,7 +26,7 @@ DERIVED = re.compile(r"(^|\.)rope\.freqs_(cos|sin)$")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its published name, shape, the part it belongs to, and its first values.
+    """One tensor: its published name, shape, part, and initial values.
 
     `init` is "ones", "zeros", "constant" (of value `scale`) or "normal" (of deviation `scale`).
     """
@@ -69,14 +69,14 @@ def is_derived(name: str) -> bool:
 def init_weights(config: QLIPConfig, seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights, the same on every machine; a tensor's values do not depend on others.
 
-    Matrices are Glorot-normal, those that write to the residual stream divided by sqrt(2 * layers)
+    Matrices are Glorot-normal; those that write to the residual stream are divided by sqrt(2 * layers),
     so that its variance does not grow with depth (GPT-2's rule).
     """
     return {spec.name: initial_values(spec, seed) for spec in architecture(config).values()}
 
 
 def initial_values(spec: TensorSpec, seed: int) -> np.ndarray:
-    """The first float32 values of a tensor, which depend on its name and the seed alone."""
+    """The initial float32 values of a tensor, which depend only on its name and the seed."""
     if spec.init == "normal":
         generator = np.random.default_rng([seed, zlib.crc32(spec.name.encode())])
         return generator.standard_normal(spec.shape, np.float32) * np.float32(spec.scale)
@@ -196,8 +196,8 @@ _PRETRAINED_GRID = 16
 def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
     """(cos, sin) of EVA-02's 2-D rotary embedding, float64 [N, head_dim] (SPEC 1.2).
 
-    Positions are rescaled to a 16x16 grid; rows turn the first half of a head, columns the second;
-    every angle stands twice in a row because the rotation pairs neighbours.
+    Positions are rescaled to a 16x16 grid; the row rotates the first half of a head, the column the second;
+    every angle is repeated, because the rotation pairs adjacent values.
     """
     rows, columns = grid
     axis_dim = head_dim // 2
@@ -218,7 +218,7 @@ def rotary_tables(grid: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.
 
 
 class ArrayWeights:
-    """Weights held in memory, float32 by name, behind the interface of a checkpoint (qlip_core.backends)."""
+    """Weights held in memory, float32 by name, with a checkpoint's interface (qlip_core.backends)."""
 
     def __init__(self, config: QLIPConfig, arrays: Mapping[str, np.ndarray]) -> None:
         self._parts = {name: spec.part for name, spec in architecture(config).items()}
@@ -231,10 +231,10 @@ class ArrayWeights:
 def diff_tensors(
     config: QLIPConfig, found: Mapping[str, tuple[int, ...]], parts: tuple[str, ...] = PARTS
 ) -> str:
-    """What keeps `found` (name -> shape) from being this model, in one line that names up to 100 tensors of
-    each kind; empty if nothing does.
+    """How `found` (name -> shape) differs from this model, in one line that names up to 100 tensors of each
+    kind of problem; empty if it does not.
 
-    With fewer `parts`, a file may leave out tensors of the others, but may not hold wrong ones.
+    With fewer `parts`, tensors of the others may be missing but not wrong.
     """
     return diff_table(architecture(config), found, parts)
 
@@ -242,7 +242,7 @@ def diff_tensors(
 def diff_table(
     table: Mapping[str, TensorSpec], found: Mapping[str, tuple[int, ...]], parts: tuple[str, ...]
 ) -> str:
-    """`diff_tensors` against any table of tensors."""
+    """`diff_tensors` for any table of tensors."""
     missing = [n for n, spec in table.items() if n not in found and spec.part in parts]
     unexpected = [n for n in found if n not in table and not is_derived(n)]
     misshapen = [

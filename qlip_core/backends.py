@@ -1,4 +1,4 @@
-"""What a backend is, and how one is found: by entry point, imported only when it is used."""
+"""The interface of backends, and how they are found: by entry point, imported only when used."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from qlip_core.generator.network import GeneratorNetwork
 
 GROUP = "qlip.backends"
 
-# The module that a backend needs in order to run.
-# MLX is looked for by mlx.core: `mlx` alone is a namespace package that other packages create.
+# The module that each backend needs.
+# mlx.core and not mlx, because `mlx` alone is a namespace package that other packages create, too.
 REQUIREMENTS = {"torch": "torch", "mlx": "mlx.core"}
 
 
@@ -78,7 +78,7 @@ class Backend(Protocol):
         ...
 
     def version(self) -> str:
-        """Of the framework."""
+        """The framework's version."""
         ...
 
     def devices(self) -> list[str]:
@@ -97,12 +97,12 @@ class Backend(Protocol):
         device: str,
         dtype: str,
     ) -> GeneratorNetwork:
-        """A generator on one of `devices()` in one of `dtypes`; `weights` float32, all of them."""
+        """A generator on one of `devices()` in one of `dtypes`; `weights` has all tensors, float32."""
         ...
 
 
 def backend_names() -> list[str]:
-    """Names of all registered backends, installed framework or not."""
+    """Names of all registered backends, whether or not their framework is installed."""
     return sorted(_registered())
 
 
@@ -113,7 +113,7 @@ def is_installed(name: str) -> bool:
         return True
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # the parent package of a dotted name is absent
+    except ModuleNotFoundError:  # the parent package of a dotted name is missing
         return False
 
 
@@ -143,7 +143,7 @@ def get_backend(name: str = "auto") -> Backend:
 
 
 def choose_device(backend: Backend, device: str) -> str:
-    """A device of the backend. Raises BackendError, listing those there are."""
+    """A device of the backend. Raises BackendError, listing the devices, if it has no such one."""
     devices = backend.devices()
     if device == "auto":
         return devices[0]
@@ -157,7 +157,7 @@ def choose_device(backend: Backend, device: str) -> str:
 
 
 def check_dtype(backend: Backend, dtype: str) -> None:
-    """Raises BackendError, listing those there are, for a dtype that the backend does not have."""
+    """Raises BackendError, listing the dtypes, for one that the backend does not have."""
     if dtype not in backend.dtypes:
         raise BackendError(
             f'backend {backend.name} has no dtype "{dtype}"; it has: {", ".join(backend.dtypes)}'

@@ -1,6 +1,6 @@
 """Binary spherical quantization in numpy: bits, indices, groups, packed bytes, soft entropies.
 
-SPEC 1.3; BSQ (arXiv 2406.07548). L bits a patch, g bits a group. Everything here is exact: integers
+SPEC 1.3; BSQ (arXiv 2406.07548). L bits per patch, g bits per group. Conversions are exact: integers
 are shifted, never summed as floats (28-bit indices do not fit a float32).
 """
 
@@ -93,9 +93,9 @@ class Entropies:
     """The terms of BSQ's loss, in nats (SPEC 1.3)."""
 
     per_sample: float
-    """Mean over tokens of the entropy of the soft assignment, summed over groups: to be small."""
+    """Mean over tokens of the soft assignment's entropy, summed over groups; minimised."""
     codebook: float
-    """Entropy of the mean soft assignment, summed over groups: to be large."""
+    """Entropy of the mean soft assignment, summed over groups; maximised."""
     commitment: float
     """mean(sum((u_hat - u)^2)), without its weight beta."""
     loss: float

@@ -1,6 +1,6 @@
 """Checkpoints in the published layout: found, checked against the architecture, read part by part.
 
-SPEC section 2. Only safetensors and JSON are read. What we write, NVIDIA's code can load.
+SPEC section 2. Only safetensors and JSON are read. NVIDIA's code can load what this module writes.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Checkpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What tells this tokenizer from any other: 32 hex digits of its config and its weights.
+        """Identifies this tokenizer: 32 hex digits of its config and its weights.
 
-        Covers what tokens and pictures depend on: the visual towers' settings, their and the bottleneck's
-        names, shapes and values (of each large tensor 16 samples, so that it costs milliseconds at any
-        size), and the normalisation of pixels. Training, which moves all values, changes it; a few values
-        edited by hand need not.
+        Covers what tokens and pictures depend on: the visual towers' settings, the names, shapes and values
+        of their and the bottleneck's tensors (16 samples of each large tensor, so that it takes milliseconds
+        at any size), and the normalisation of pixels. Training changes all values, hence the fingerprint; a
+        few values edited by hand may not.
         """
         config, pixels = self.config, self.preprocessing
         encoder = unshown(config.vision_config, bottleneck=True)
@@ -78,14 +78,14 @@ class Checkpoint:
 
     @cached_property
     def text_fingerprint(self) -> str:
-        """The same for the text tower: what a generator that takes its captions from it depends on."""
+        """The same for the text tower, on which generators that encode captions with it depend."""
         text = self.config.text_config
         return self._digest(["text"], [unshown(text), text.eos_token_id])
 
     @cached_property
     def weights_sha256(self) -> str:
-        """SHA-256 of all values of all tensors: what a result names its weights by. Reads them, 1.5 seconds at
-        the size of B-16."""
+        """SHA-256 of all values of all tensors, by which results identify weights. Reads all of them, which takes
+        1.5 seconds for B-16."""
         digest = hashlib.sha256()
         for name, spec in sorted(architecture(self.config).items()):
             digest.update(name.encode())
@@ -110,17 +110,17 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The text tokenizer, or None where the checkpoint came without its files."""
+        """The text tokenizer, or None if the checkpoint has no files for one."""
         return Tokenizer.from_folder(self.folder, self.config.text_config)
 
     @cached_property
     def license(self) -> str | None:
-        """The licence that the folder's card states (`license:` of README.md), else None."""
+        """The licence in the folder's model card (`license:` in README.md), else None."""
         return self._card("license_name") or self._card("license")
 
     @cached_property
     def note(self) -> str | None:
-        """One line that the card says of this model (`note:` of README.md), else None."""
+        """One line about this model from the model card (`note:` in README.md), else None."""
         return self._card("note")
 
     def _card(self, key: str) -> str | None:
@@ -128,7 +128,7 @@ class Checkpoint:
 
 
 def stated(folder: Path, key: str) -> str | None:
-    """What the front matter of a folder's README.md says of `key`, else None."""
+    """The value of `key` in the front matter of a folder's README.md, else None."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -154,8 +154,8 @@ def _sampled(size: int) -> Iterator[tuple[int, int]]:
 def open_checkpoint(model: str | Path | None = None, revision: str | None = None) -> Checkpoint:
     """Open a folder, a `.safetensors` file beside its config.json, a hub id, or the bundled model.
 
-    Reads headers only. Raises ConfigError or CheckpointError; the latter lists the tensors that are missing,
-    unexpected or of another shape, up to 100 of each kind.
+    Reads headers only. Raises ConfigError or CheckpointError; the latter lists tensors that are missing,
+    unexpected or of the wrong shape, up to 100 of each kind.
     """
     path = find_model(model, revision)
     folder = path if path.is_dir() else path.parent
@@ -164,7 +164,7 @@ def open_checkpoint(model: str | Path | None = None, revision: str | None = None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder. Raises CheckpointError where there are none."""
+    """The safetensors files of a model folder. Raises CheckpointError if there are none."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     index = folder / INDEX
@@ -208,11 +208,11 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint folder in the published layout, whole or not at all.
 
-    `weights` float32 by published name, all of them; `dtype` how they are stored (float32, float16,
-    bfloat16); `tokenizer_from` a folder whose tokenizer files are copied; `card` the README.md, whose
-    front matter states the licence; `beside` other text files by name. In an existing folder the model is
-    replaced, and what else is there stays. Raises CheckpointError if the weights do not fit the config or are
-    not finite, also where only `dtype` makes them so.
+    `weights`: all tensors, float32 by published name; `dtype`: how they are stored (float32, float16,
+    bfloat16); `tokenizer_from`: a folder whose tokenizer files are copied; `card`: the README.md, whose
+    front matter states the licence; `beside`: other text files by name. In an existing folder the model is
+    replaced and other files stay. Raises CheckpointError if the weights do not fit the config or are not
+    finite, even if only in `dtype`.
     """
     texts = {
         **(beside or {}),
@@ -244,8 +244,8 @@ def write_folder(
 ) -> Path:
     """Write a model's folder, whole or not at all: its weights, text files by name, and copies of files.
 
-    `problem`: how the weights do not fit the config, if they do not. Raises CheckpointError for that, and
-    for values that are not finite, or would not be in the type they are stored in.
+    `problem`: how the weights do not fit the config; empty if they do. Raises CheckpointError for a problem,
+    and for values that are not finite, or would not be in the type they are stored in.
     """
     if problem:
         raise CheckpointError(f"{folder}: not written, the weights do not fit: {problem}")
@@ -261,7 +261,7 @@ def write_folder(
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     temporary.mkdir()
     try:
-        # transformers reads no safetensors file that does not say which framework's layout it has.
+        # transformers only reads safetensors files that state a framework's layout.
         write_tensors(temporary / WEIGHTS, weights, dtype=dtype, metadata={"format": "pt"})
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -274,17 +274,17 @@ def write_folder(
 
 
 def _as_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """The values as they come back from a file of that type."""
+    """The values as they would be read back from a file of that type."""
     if dtype == "bfloat16":
         return as_float32(to_bfloat16(values), "BF16", "")
-    with np.errstate(over="ignore"):  # the caller looks for infinities
+    with np.errstate(over="ignore"):  # the caller checks for infinities
         return values.astype(dtype, copy=False) if dtype == "float16" else values
 
 
 def replace_folder(folder: Path, temporary: Path) -> None:
-    """Put a folder that is complete in its place; of an older one only what it replaces goes.
+    """Move the complete folder `temporary` to `folder`; other files of an older one are kept.
 
-    Killed in between, the older one is left beside it, as `.NAME.*.old`.
+    If killed halfway, the older one is left beside it as `.NAME.*.old`.
     """
     if folder.is_symlink():
         folder = folder.resolve()

@@ -1,7 +1,7 @@
-"""Configuration of a QLIP model: `config.json` of the published layout, read strictly and written back as it was.
+"""Configuration of a QLIP model: `config.json` of the published layout, read strictly and written back unchanged.
 
-SPEC section 2. Keys equal to their defaults are absent from a file, an unknown key is an error that
-names it, and transformers' own bookkeeping is accepted and kept on a round trip.
+SPEC section 2. Files omit keys that equal their defaults, an unknown key is an error that names it, and
+transformers' own bookkeeping is accepted and kept on a round trip.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 from qlip_core.errors import ConfigError
 from qlip_core.strict import read_json, scalar, unknown_key
 
-# Far over any model's, and checked before every layer's tensors are listed.
+# Far more than any model has; checked before listing the tensors of every layer.
 MAX_LAYERS = 1024
 
-# Written by transformers, without a meaning for the model.
+# Written by transformers, with no meaning for the model.
 BOOKKEEPING = frozenset(
     {
         "architectures",
@@ -175,7 +175,7 @@ class VisionConfig:
 
     @property
     def code_dim(self) -> int:
-        """L: width of the code of a patch (the tower's width where there is no projection)."""
+        """L: width of a patch's code (the tower's width if there is no projection)."""
         return (
             self.quantizer_cfg.embed_dim if self.quantizer_embed_type == "mlp" else self.hidden_size
         )
@@ -249,7 +249,7 @@ class QLIPConfig:
 
     @property
     def code_dim(self) -> int:
-        """L: bits a patch (or the width of the continuous code with quantizer "none")."""
+        """L: bits per patch (or the width of the continuous code with quantizer "none")."""
         return self.vision_config.code_dim
 
     @property
@@ -259,7 +259,7 @@ class QLIPConfig:
 
     @property
     def compression_ratio(self) -> float:
-        """24-bit RGB against the code: 24 / L * p^2 (paper table 2)."""
+        """Size of 24-bit RGB over that of the code: 24 / L * p^2 (paper table 2)."""
         return 24 / self.code_dim * self.vision_config.patch_size**2
 
     # -- reading and writing -------------------------------------------------------------------
@@ -285,7 +285,7 @@ class QLIPConfig:
         return _from_dict(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`: what was read, and else only what differs from defaults."""
+        """The content of `config.json`: the keys that were read, and others that differ from defaults."""
         out = _to_dict(self)
         nested = {
             "text_config": "clip_text_model",
@@ -293,7 +293,7 @@ class QLIPConfig:
             "decoder_config": "clip_decoder_model",
         }
         if not self.written:
-            # A config made here: what transformers' own writer puts at the top level in any case.
+            # A config made here: keys that transformers' own writer always puts at the top level.
             out |= {
                 "model_type": "clip",
                 "projection_dim": self.projection_dim,
@@ -315,7 +315,7 @@ class QLIPConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-# What a forward pass depends on and no tensor's name or shape shows.
+# Settings that affect a forward pass but no tensor's name or shape.
 _UNSHOWN = (
     "image_size",
     "patch_size",
@@ -328,7 +328,7 @@ _UNSHOWN_BOTTLENECK = ("quantizer", "quantizer_embed_type", "quantizer_l2_norm")
 
 
 def unshown(config: TextConfig | VisionConfig, *, bottleneck: bool = False) -> dict[str, Any]:
-    """The settings of a tower that decide what it computes and that its tensors do not show."""
+    """The settings of a tower that affect what it computes but do not show in its tensors."""
     names = (*_UNSHOWN, *(_UNSHOWN_BOTTLENECK if bottleneck else ()))
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
@@ -351,7 +351,7 @@ def _from_dict(cls: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def _typed(spec: dataclasses.Field, value: Any, name: str) -> Any:
-    kind = str(spec.type)  # as it is written: annotations are strings here
+    kind = str(spec.type)  # annotations are strings here
     nested = {cls.__name__: cls for cls in (QuantizerConfig, TextConfig, VisionConfig)}
     if kind in nested:
         if not isinstance(value, Mapping):
@@ -374,7 +374,7 @@ def _to_dict(config: Any) -> dict[str, Any]:
         elif spec.name in config.written:
             out[spec.name] = value
         elif spec.name == "hidden_size_post_q":
-            # Absent it is read as hidden_size.
+            # If absent, it is read as hidden_size.
             if value != config.hidden_size:
                 out[spec.name] = value
         elif value != getattr(defaults, spec.name):
@@ -389,7 +389,7 @@ def _sorted(values: Any) -> Any:
 
 
 def _check_tower(config: Any) -> None:
-    """Its errors, and those below, name no tower: `_from_dict` says which it was."""
+    """The errors of this and the checks below name no tower; `_from_dict` adds it."""
     _positive(
         config,
         "hidden_size",

@@ -1,4 +1,4 @@
-"""Errors a user can cause and can mend. Each message is one line: what, where, what to do about it."""
+"""Errors a user can cause and fix. Each message is one line: what, where, what to do about it."""
 
 
 class QlipError(ValueError):
@@ -10,15 +10,15 @@ class ConfigError(QlipError):
 
 
 class CheckpointError(QlipError):
-    """Weights that are missing, damaged, of another shape, or not safetensors."""
+    """Weights that are missing, damaged, of the wrong shape, or not safetensors."""
 
 
 class ImageError(QlipError):
-    """A file or array that is not an image this package can show."""
+    """A file or array that is not an image this package can read."""
 
 
 class TextError(QlipError):
-    """Text or token ids that the text tower cannot take."""
+    """Text or token ids that the text tower does not accept."""
 
 
 class TokenFileError(QlipError):
@@ -26,7 +26,7 @@ class TokenFileError(QlipError):
 
 
 class BackendError(QlipError):
-    """A backend, device or dtype that is not there."""
+    """A backend, device or dtype that is not available."""
 
 
 class DataError(QlipError):

@@ -26,10 +26,10 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name beside `path`, renamed when whole; else nothing stays.
+    """A file written under a temporary name beside `path` and renamed when complete, else removed.
 
-    Where `path` is a link, the file that it leads to is replaced. Raises OSError for what is there and is no
-    regular file: renaming would put a file in the place of a device.
+    If `path` is a link, the file that it leads to is replaced. Raises OSError for an existing path that is not
+    a regular file, because renaming would replace a device by a file.
     """
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, "no such folder", str(path.parent))
@@ -58,8 +58,8 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text as UTF-8 so that at every instant the old file or the new one is there, whole. A file that
-    says the same already is left alone."""
+    """Write text as UTF-8 so that at any time either the complete old file or the complete new one exists. A file
+    that already has this text is left alone."""
     if path.is_file() and path.read_bytes() == text.encode():
         return
     with atomic_file(path) as file:

@@ -18,8 +18,8 @@ _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 def find_model(model: str | Path | None, revision: str | None = None) -> Path:
     """The folder or `.safetensors` file of a model; None or "bundled": the one that ships with qlip.
 
-    A hub id is fetched once and then found in the cache, also without network. Raises
-    CheckpointError for what is not there.
+    A hub id is downloaded once and then found in the cache, even without a network. Raises
+    CheckpointError if the model does not exist.
     """
     if model is None or (str(model) == "bundled" and not Path(model).exists()):
         if not BUNDLED.is_dir():
@@ -30,7 +30,7 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
         if revision is not None:
             raise CheckpointError("a revision is only for hub ids, and this is the bundled model")
         return BUNDLED
-    if model == "":  # which Path takes for this folder
+    if model == "":  # Path("") would be the current folder
         raise CheckpointError("the name of the model is empty: leave it out for the bundled one")
     path = Path(model).expanduser()
     if path.suffix in _PICKLES:
@@ -52,9 +52,9 @@ def find_model(model: str | Path | None, revision: str | None = None) -> Path:
 
 
 def from_hub(name: str, revision: str | None = None, wanted: Sequence[str] = _WANTED) -> Path:
-    """A folder with those files of the repository `name` whose names match `wanted`.
+    """A folder with the files of the repository `name` whose names match `wanted`.
 
-    Raises CheckpointError, which says what to do about it, where the hub does not give them.
+    Raises CheckpointError, which says what to do, if the hub does not provide them.
     """
     if not _HUB_ID.fullmatch(name):
         raise CheckpointError(f"{name}: no such folder or file, and not a hub id (owner/name)")
@@ -88,7 +88,7 @@ def from_hub(name: str, revision: str | None = None, wanted: Sequence[str] = _WA
 
 
 def hub_id(path: Path) -> str | None:
-    """The id of a model that lies in the hub's cache, else None."""
+    """The id of a model in the hub's cache, else None."""
     for part in path.parts:
         if part.startswith("models--"):
             return part.removeprefix("models--").replace("--", "/")
@@ -96,7 +96,7 @@ def hub_id(path: Path) -> str | None:
 
 
 def model_name(path: Path) -> str:
-    """What `find_model` takes for a model, as far as its folder tells: "bundled", its id, or the folder's name."""
+    """A name for a model, from its folder: "bundled", its hub id, or the folder's name."""
     if path.is_relative_to(BUNDLED):
         return "bundled"
-    return hub_id(path) or Path(os.path.abspath(path)).name  # of "." too
+    return hub_id(path) or Path(os.path.abspath(path)).name  # absolute, for "."

@@ -23,18 +23,18 @@ ImageLike = str | Path | bytes | bytearray | Image.Image | np.ndarray
 SUFFIXES = frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 )
-# Pillow warns of large images long before it refuses them, and of odd metadata, which does no harm.
-# A filter is the whole process's and images are decoded in many threads: so once, for its modules alone.
+# Pillow warns about large images long before it refuses them, and about odd but harmless metadata. Filters
+# are global and images are decoded in many threads, so this is set once, for Pillow's modules only.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 _MAX_PIPE = 2**28  # bytes; more than any sane picture
 _SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
 def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
-    """Any image as 8-bit RGB, upright, over white where it is transparent, an animation's first frame.
+    """Any image as 8-bit RGB: upright, over white if transparent, the first frame of an animation.
 
-    `name` is what messages call it (by default its path). Raises ImageError, saying whether the file
-    is absent, unreadable, not an image, cut short, or too large to decode safely.
+    `name` is used in messages (default: its path). Raises ImageError, saying whether the file is missing,
+    unreadable, not an image, cut short, or too large to decode safely.
     """
     if isinstance(image, np.ndarray):
         return _from_array(image, name or "array")
@@ -51,13 +51,13 @@ def open_image(image: ImageLike, name: str | None = None) -> Image.Image:
             f"{name or 'image'}: expected a path, the bytes of a file, a PIL image or uint8 [H, W, 3], got "
             f"{type(image).__name__}"
         )
-    if image == "":  # which Path takes for this folder
+    if image == "":  # Path("") would be the current folder
         raise ImageError("the name of an image is empty")
     path = Path(image)
     name = name or str(path)
     try:
         with path.open("rb") as file:
-            # A decoder goes back and forth, which a pipe cannot.
+            # Decoders seek, which a pipe cannot.
             return _decode(file if file.seekable() else _whole(file, name), name)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
@@ -100,12 +100,12 @@ def _not_an_image(file: io.IOBase) -> str:
 
 
 def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
-    """What `decode` gives, Pillow's many exceptions as ImageError."""
+    """The result of `decode`, with Pillow's many exceptions as ImageError."""
     try:
         image = decode()
     except UnidentifiedImageError:
         raise
-    except Warning as warning:  # where the process makes errors of them
+    except Warning as warning:  # if the process turns warnings into errors
         raise ImageError(f"{name}: {warning}") from None
     except Image.DecompressionBombError:
         raise ImageError(
@@ -127,7 +127,7 @@ def _decoded(decode: Callable[[], Image.Image], name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB as a viewer shows it: turned by EXIF, over white, 16 bits scaled to 8."""
+    """8-bit RGB as a viewer shows it: rotated by EXIF, over white, 16 bits scaled to 8."""
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
@@ -143,7 +143,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             values = values * 255
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "La":
-        image = image.convert("LA")  # all that Pillow makes of it
+        image = image.convert("LA")  # the only conversion that Pillow supports
     if image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
@@ -157,9 +157,9 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
 
 
 def drawable(text: str) -> str:
-    """In ASCII, which is all that Pillow's own font has: without accents, "?" for other letters.
+    """Text in ASCII, without accents and with "?" for other letters: all that Pillow's own font has.
 
-    What the font does not have would be drawn as boxes.
+    It would draw other characters as boxes.
     """
     plain = (unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode() for c in text)
     return "".join(p or "?" for c, p in zip(text, plain) if not unicodedata.combining(c))
@@ -177,8 +177,8 @@ def walk_files(
 ) -> Iterator[str]:
     """`find_images`, one by one and as strings, so that a million of them fit in memory.
 
-    Folders behind links are left out, as they may lead in circles. A folder that cannot be read
-    raises ImageError, or, with `on_error`, is handed to it and left out.
+    Linked folders are left out, since links may form loops. A folder that cannot be read raises ImageError,
+    or, with `on_error`, is passed to it and left out.
     """
     names: list[str] = []
     folders: set[str] = set()

@@ -43,8 +43,8 @@ def pixel_batches(
     with `on_error`, is passed to it and left out.
     """
     check_batch_size(batch_size)
-    # Pillow reads a file when its pixels are first asked for, so an image given twice would be read by two
-    # threads at once.
+    # Pillow reads a file when its pixels are first used, so two threads would read an image given twice at the
+    # same time.
     locks = {id(image): Lock() for image in images if isinstance(image, Image.Image)}
 
     def load(image: ImageLike) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How near a reconstruction is: PSNR and SSIM, as the tokenizer literature measures them."""
+"""How close a reconstruction is: PSNR and SSIM, as the tokenizer literature measures them."""
 
 from __future__ import annotations
 

@@ -16,13 +16,13 @@ from qlip_core.images import ImageLike, open_image
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# A resized image over this many pixels is never made whole: only what the crop keeps is computed.
+# A resized image over this many pixels is never made in full; only the crop is computed.
 _MAX_RESIZED = 2**25
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns an image into the model's pixels, and back. `size` is S."""
+    """Turns an image into the model's pixels, and back. `size` is S."""
 
     size: int
     mean: tuple[float, ...] = CLIP_MEAN
@@ -30,7 +30,7 @@ class Preprocessing:
 
     @classmethod
     def of_folder(cls, folder: Path, size: int) -> Preprocessing:
-        """As the `preprocessor_config.json` in a model's folder says (`from_file`); CLIP's where it has none."""
+        """From the `preprocessor_config.json` in a model's folder (`from_file`); CLIP's if it has none."""
         path = folder / "preprocessor_config.json"
         return cls.from_file(path, size) if path.is_file() else cls(size)
 
@@ -38,7 +38,7 @@ class Preprocessing:
     def from_file(cls, path: Path, size: int) -> Preprocessing:
         """From a `preprocessor_config.json`, for a model of side `size`.
 
-        Raises ConfigError where the file asks for anything but CLIP's preprocessing at that size.
+        Raises ConfigError if the file asks for anything but CLIP's preprocessing at that size.
         """
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ class Preprocessing:
 
 
 def resized_size(width: int, height: int, size: int) -> tuple[int, int]:
-    """(width, height) after the shortest edge became `size`, the other one truncated."""
+    """(width, height) with the shortest edge resized to `size` and the other one rounded down."""
     if width <= height:
         return size, int(size * height / width)
     return int(size * width / height), size
@@ -115,8 +115,8 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     left, top = (width - size) // 2, (height - size) // 2
     bicubic = Image.Resampling.BICUBIC
     if width * height > _MAX_RESIZED:
-        # A sliver (1 x 20,000 at S = 256 would be five million rows): the same filter at the same
-        # places for the crop alone, columns first as Pillow does it on the whole.
+        # A sliver (1 x 20,000 at S = 256 would be five million rows): apply the same filter at the same
+        # places only to the crop, columns first as Pillow does for the whole image.
         x, y = image.width / width, image.height / height
         columns, rows = (left * x, (left + size) * x), (top * y, (top + size) * y)
         box = (columns[0], 0, columns[1], image.height)
@@ -128,7 +128,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def _side(key: str, value: Any) -> Any:
-    """The one number behind 224, {"height": 224, "width": 224}, or, of `size`, {"shortest_edge": 224}."""
+    """The single number in 224, {"height": 224, "width": 224}, or, for `size`, {"shortest_edge": 224}."""
     shapes = [{"height", "width"}, *([{"shortest_edge"}] if key == "size" else [])]
     if isinstance(value, dict) and set(value) in shapes:
         sides = list(value.values())

@@ -1,7 +1,7 @@
 """The reference forward in numpy: SPEC sections 1.1 to 1.4, line by line.
 
-Slow and obvious on purpose. It is the third implementation, the one both backends are held to, and the
-backend `numpy` where no framework is installed. Legend of shapes: B images, N patches, D width, H heads,
+Slow and obvious on purpose. It is the third implementation, which both others are tested against, and the
+backend `numpy` if no framework is installed. Legend of shapes: B images, N patches, D width, H heads,
 d = D/H, L bits, T text positions, S image side, p patch side, I intermediate width.
 """
 
@@ -27,7 +27,7 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def _erf_nodes() -> tuple[np.ndarray, np.ndarray]:
-    """Taylor coefficients of erf around nodes 1/128 apart on [0, 6]: beyond, erf is 1 in float64."""
+    """Taylor coefficients of erf around nodes 1/128 apart on [0, 6]; beyond 6, erf is 1 in float64."""
     x = np.arange(0, 6 * 128 + 1) / 128
     slope = 2 / math.sqrt(math.pi) * np.exp(-x * x)
     terms = (
@@ -46,7 +46,7 @@ _NODES, _TAYLOR = _erf_nodes()
 
 def erf(x: np.ndarray) -> np.ndarray:
     """The error function to 1e-14 (numpy has none): five Taylor terms around the nearest node."""
-    size = np.fmin(np.abs(x), 6).astype(np.float64)  # NaN counts as 6, and comes back below
+    size = np.fmin(np.abs(x), 6).astype(np.float64)  # NaN counts as 6 here and is restored below
     node = np.rint(size * 128).astype(np.int64)
     step = size - _NODES[node]
     c = _TAYLOR[:, node]
@@ -89,7 +89,7 @@ def layer_norm(w: Tensors, name: str, x: np.ndarray, eps: float) -> np.ndarray:
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) on neighbours: x [..., N, d], tables [N, d]."""
+    """(x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin) for adjacent pairs: x [..., N, d], tables [N, d]."""
     turned = np.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
     return x * cos + turned * sin
 
@@ -105,7 +105,7 @@ def attention(
 ) -> np.ndarray:
     """Multi-head self-attention, [B, T, D] -> [B, T, D] (SPEC 1.1).
 
-    `rope` holds tables for the last rows only: leading tokens beyond them (CLS) are not turned.
+    `rope` has tables for the last rows only; leading tokens (CLS) are not rotated.
     """
     B, T, D = x.shape
     H, d = config.num_attention_heads, config.head_dim
@@ -147,7 +147,7 @@ def transformer(
     *,
     causal: bool = False,
 ) -> list[np.ndarray]:
-    """All hidden states of a tower: the input and the output of each layer, [B, T, D] each."""
+    """All hidden states of a tower, its input and the output of each layer, [B, T, D] each."""
     rope = None
     if config.rope and isinstance(config, VisionConfig):
         cos, sin = rotary_tables(config.grid, config.head_dim)
@@ -243,7 +243,7 @@ def embed_text(w: Tensors, config: TextConfig, ids: np.ndarray) -> np.ndarray:
 
 
 class ReferenceNetwork:
-    """The forward above behind the interface that every backend offers (qlip_core.backends)."""
+    """The forward above with the interface of every backend (qlip_core.backends)."""
 
     def __init__(self, config: QLIPConfig, weights: Weights, dtype: str) -> None:
         self.config = config
@@ -255,7 +255,7 @@ class ReferenceNetwork:
     def _part(self, part: str) -> dict[str, np.ndarray]:
         return {name: t.astype(self._type) for name, t in self._weights.part(part).items()}
 
-    # Each part is read when it is first used, and once.
+    # Each part is read when it is first used.
     @cached_property
     def _text(self) -> Tensors:
         return self._part("text")
@@ -328,7 +328,7 @@ class NumpyBackend:
         device: str,
         dtype: str,
     ) -> GeneratorNetwork:
-        # That module builds on this one.
+        # Imported here because that module imports this one.
         from qlip_core.generator.reference import ReferenceGenerator
 
         held = {name: tensor.astype(dtype) for name, tensor in weights.items()}

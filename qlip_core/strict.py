@@ -1,7 +1,7 @@
-"""Strict reading of JSON configurations: what both kinds of `config.json` share.
+"""Strict reading of JSON configurations, for both kinds of `config.json`.
 
-An unknown key is an error that names it and the nearest known one; a value of the wrong type says what it
-should be.
+An unknown key is an error that names it and the nearest known one; so is a value of the wrong type, with
+what it should be.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 def read_json(path: str | Path, of: str, build: Callable[[dict[str, Any]], T]) -> T:
-    """`build` of the JSON object in the file `path`, which `of` ("a checkpoint") needs.
+    """`build` applied to the JSON object in the file `path`, which `of` ("a checkpoint") needs.
 
-    Raises ConfigError, which names the file, where there is none, where it is no JSON object, and for
-    what `build` raises.
+    Raises ConfigError, which names the file, if there is none, if it is not a JSON object, and for what
+    `build` raises.
     """
     path = Path(path)
     try:
@@ -40,7 +40,7 @@ def read_json(path: str | Path, of: str, build: Callable[[dict[str, Any]], T]) -
 
 
 def peek_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, to tell by what it is of; empty where there is none to read."""
+    """The JSON object in a file, to tell its kind; empty if there is none."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -49,14 +49,14 @@ def peek_json(path: Path) -> dict[str, Any]:
 
 
 def unknown_key(key: str, where: str, known: Iterable[str], what: str) -> ConfigError:
-    """The error for a key that `what` ("the model config") has no meaning for; `where`: "a.b."."""
+    """The error for a key that `what` ("the model config") does not have; `where`: "a.b."."""
     near = difflib.get_close_matches(key, list(known), n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     return ConfigError(f'unknown key "{where}{key}" in {what}{hint}')
 
 
 def scalar(kind: str, value: Any, name: str) -> Any:
-    """`value` as the `kind` ("int", "float", "bool", "str") that `name` takes; an int does for a float."""
+    """`value` as the `kind` ("int", "float", "bool", "str") that `name` takes; a float may be an int."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     good, what = {
         "int": (isinstance(value, int) and number, "an integer"),

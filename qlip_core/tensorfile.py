@@ -1,7 +1,7 @@
-"""Safetensors files, read by mapping: the header is checked in full before any tensor is touched.
+"""Safetensors files, memory-mapped; the header is checked in full before any tensor is read.
 
-The `safetensors` package's numpy side knows no bfloat16, and its low-level writer changes between
-versions; the format is simple enough that reading and writing it stand here, tested against it.
+The `safetensors` package does not support bfloat16 for numpy, and its low-level writer changes between
+versions. The format is simple enough to be read and written here, tested against the package.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ DTYPES = {
     "I32": np.dtype("<i4"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
-    # Never computed with; a file may hold such tensors besides.
+    # Never computed with, but a file may contain such tensors.
     "I8": np.dtype("i1"),
     "I16": np.dtype("<i2"),
     "U16": np.dtype("<u2"),
@@ -41,13 +41,13 @@ DTYPES = {
     "F8_E5M2": np.dtype("u1"),
 }
 FLOATS = ("F64", "F32", "F16", "BF16")
-# The `safetensors` package opens no file with a longer header.
+# The `safetensors` package refuses files with a longer header.
 MAX_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A line of the header: stored type, shape, and where the bytes lie in the file."""
+    """An entry of the header: stored type, shape, and where the bytes are in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -56,7 +56,7 @@ class TensorEntry:
 
 
 class TensorFile:
-    """One `.safetensors` file. Raises CheckpointError if it is not whole or not safetensors."""
+    """One `.safetensors` file. Raises CheckpointError if it is incomplete or not safetensors."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -77,15 +77,15 @@ class TensorFile:
         return flat.reshape(entry.shape)
 
     def float32(self, name: str) -> np.ndarray:
-        """The values as float32; a read-only view where they are stored so."""
+        """The values as float32; a read-only view if they are stored as float32."""
         entry = self.entries[name]
         return as_float32(self.raw(name), entry.dtype, f"{self.path}: tensor {name}")
 
 
 class TensorFiles:
-    """The tensors of a model's files by name: read when asked for, and checked as they are read.
+    """The tensors of a model's files by name, read on demand and checked as they are read.
 
-    Raises CheckpointError for a file that is not whole, and for a tensor in two of them.
+    Raises CheckpointError for an incomplete file, and for a tensor that is in two files.
     """
 
     def __init__(self, paths: Iterable[Path], folder: Path) -> None:
@@ -114,15 +114,15 @@ class TensorFiles:
         return sum(path.stat().st_size for path in {file.path for file in self._where.values()})
 
     def check_fit(self, problem: str, names: Iterable[str]) -> None:
-        """Raises CheckpointError for a `problem` with names and shapes, if there is one, and for tensors of
-        these `names` that are not stored as floating point."""
+        """Raises CheckpointError for a `problem` with names and shapes, if not empty, and for tensors among
+        `names` that are not stored as floating point."""
         if problem:
             raise CheckpointError(f"{self.folder}: the weights do not fit the config: {problem}")
         if wrong := [
             f"{name} as {kind}" for name in names if (kind := self.dtype(name)) not in FLOATS
         ]:
             raise CheckpointError(
-                f"{self.folder}: weights must be stored as one of {', '.join(FLOATS)}, and are: {listed(wrong)}"
+                f"{self.folder}: weights must be stored as one of {', '.join(FLOATS)}, but are: {listed(wrong)}"
             )
 
     def dtype(self, name: str) -> str:
@@ -158,7 +158,7 @@ def as_float32(raw: np.ndarray, dtype: str, where: str) -> np.ndarray:
     if dtype not in FLOATS:
         raise CheckpointError(f"{where} is stored as {dtype}, expected floating point")
     if dtype == "BF16":
-        # numpy makes a scalar of a 0-d array that is shifted; the caller gets an array in any case.
+        # Shifting a 0-d array gives a scalar, but the caller expects an array.
         return np.asarray(raw.astype(np.uint32) << 16).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
@@ -180,10 +180,10 @@ def write_tensors(
 
     `dtype` stores all tensors as float32, float16 or bfloat16; None keeps each array's own type.
     One tensor is converted at a time, so a large model needs no second copy in memory. Raises CheckpointError
-    for a header that no reader would take.
+    if the header would be too long for readers.
     """
     stored = {name: _stored_as(name, values, dtype) for name, values in tensors.items()}
-    # Wide types first keeps every tensor aligned to its own size; the format asks for no padding.
+    # Putting wide types first keeps every tensor aligned to its own size; the format has no padding.
     order = sorted(stored, key=lambda name: (-DTYPES[stored[name]].itemsize, name))
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
@@ -210,7 +210,7 @@ def write_tensors(
 
 
 def to_json(value: object) -> str:
-    """JSON in as few bytes as it takes: escaped is only what has no UTF-8, in names that are not Unicode."""
+    """Compact JSON: only characters without a UTF-8 form, in names that are not valid Unicode, are escaped."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -231,7 +231,7 @@ def _read_header(
 ) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     length = int.from_bytes(prefix, "little") if len(prefix) == 8 else size
     text = file.read(length) if length <= min(MAX_HEADER, size - 8) else b""
-    # Some lengths look like a pickle's first bytes: only the brace after them tells.
+    # Some lengths look like a pickle's first bytes; only the brace after them tells them apart.
     if looks_like_pickle(prefix) and not text.startswith(b"{"):
         raise CheckpointError(
             f"{path}: this is a pickle or a torch archive, not safetensors; pickles are never loaded"

@@ -24,7 +24,7 @@ FILES = (
 )
 START, END = "<|startoftext|>", "<|endoftext|>"
 
-# How CLIP cuts text into words before merging bytes: contractions, letters, single digits, the rest.
+# How CLIP splits text into words before merging bytes: contractions, letters, single digits, the rest.
 PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 END_OF_WORD = "</w>"
 
@@ -42,7 +42,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: TextConfig) -> Tokenizer | None:
-        """The tokenizer of a checkpoint, or None where the folder has no tokenizer files.
+        """The tokenizer of a checkpoint, or None if the folder has no tokenizer files.
 
         Raises TextError for damaged files, or ids outside the model's vocabulary.
         """
@@ -68,10 +68,10 @@ class Tokenizer:
             return fallback if found is None else found
 
         end = special("eos_token", config.eos_token_id)
-        if config.eos_token_id not in (end, 2):  # 2: the old CLIP rule, which needs no id
+        if config.eos_token_id not in (end, 2):  # 2 is the old CLIP rule, which uses no id
             raise TextError(
                 f"{folder}: the tokenizer ends texts with id {end}, the text tower looks for "
-                f"{config.eos_token_id}: the tokenizer files are of another model"
+                f"{config.eos_token_id}: the tokenizer files belong to another model"
             )
         return cls(
             bpe,
@@ -158,7 +158,7 @@ def _load(path: Path) -> Bpe:
 
 
 def _special_name(folder: Path, kind: str) -> str | None:
-    """The text of "pad_token" and its like, as special_tokens_map or tokenizer_config states it."""
+    """The text of a special token ("pad_token"), from special_tokens_map or tokenizer_config."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         if path.is_file():
@@ -174,13 +174,13 @@ def _special_name(folder: Path, kind: str) -> str | None:
 
 
 def check_ids(ids: np.ndarray, config: TextConfig) -> np.ndarray:
-    """Token ids as int64 [B, T]. Raises TextError for another shape, length or range."""
+    """Token ids as int64 [B, T]. Raises TextError for a wrong shape, length or range."""
     ids = np.asarray(ids)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise TextError(f"token ids must be integers [B, T], got {ids.dtype} {list(ids.shape)}")
     if not 1 <= ids.shape[1] <= config.max_position_embeddings:
         raise TextError(
-            f"{ids.shape[1]} token ids a text; the text tower takes 1 to "
+            f"{ids.shape[1]} token ids per text; the text tower takes 1 to "
             f"{config.max_position_embeddings}"
         )
     if ids.size and (ids.min() < 0 or ids.max() >= config.vocab_size):
@@ -191,10 +191,10 @@ def check_ids(ids: np.ndarray, config: TextConfig) -> np.ndarray:
 
 
 def pooled_position(ids: np.ndarray, eos_token_id: int) -> np.ndarray:
-    """Where each text is pooled: the first end token, int64 [B] (0 where there is none).
+    """The position where each text is pooled: its first end token, int64 [B] (0 if there is none).
 
-    A config that says 2 is an old CLIP one, written before its ids were right: there the largest id
-    is the end token.
+    An id of 2 marks an old CLIP config, from before its ids were corrected; there the largest id is the end
+    token.
     """
     if eos_token_id == 2:
         return ids.argmax(-1)

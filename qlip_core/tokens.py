@@ -22,7 +22,7 @@ from qlip_core.errors import CheckpointError, TokenFileError
 from qlip_core.tensorfile import MAX_HEADER, TensorFile, to_json, write_tensors
 
 FORMAT, VERSION = "qlip-tokens", "1"
-_OTHERS = 4096  # bytes of the header that are kept free for everything but the names
+_OTHERS = 4096  # bytes of the header reserved for everything but the names
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -44,7 +44,7 @@ class VisualTokens:
         if h < 1 or w < 1:
             raise ValueError(f"a grid of {h}x{w} patches is empty")
         if self.length < 1:
-            raise ValueError(f"{self.length} bits a patch: expected at least 1")
+            raise ValueError(f"{self.length} bits per patch: expected at least 1")
         row = bsq.packed_bytes(h * w, self.length)
         if self.packed.dtype != np.uint8 or self.packed.ndim != 2 or self.packed.shape[1] != row:
             raise ValueError(
@@ -147,7 +147,7 @@ class VisualTokens:
             rows = np.arange(len(self))[key]
         else:
             picked = np.asarray(key)
-            picked = picked if picked.size else picked.astype(np.int64)  # of [] numpy makes floats
+            picked = picked if picked.size else picked.astype(np.int64)  # numpy makes [] float
             if picked.ndim > 1 or picked.dtype.kind not in ("iub" if picked.ndim else "iu"):
                 raise TypeError(
                     f"images are picked by an integer, a slice, or a sequence of integers or booleans, not {key!r}"
@@ -190,7 +190,7 @@ class VisualTokens:
 
         Raises TokenFileError if it is damaged, not a token file, or of another version.
         """
-        if path == "":  # which Path takes for this folder
+        if path == "":  # Path("") would be the current folder
             raise TokenFileError("the name of a token file is empty")
         path = Path(path)
         if os.path.exists(path) and path.is_fifo():
@@ -218,7 +218,7 @@ class VisualTokens:
     def _parse(cls, path: Path, file: TensorFile) -> VisualTokens:
         meta, entry = file.metadata, file.entries.get("bits")
         try:
-            # In digits as they are written, which `int` is far from strict about.
+            # Exactly the digits that are written; `int` alone is not strict.
             for key, form in (("length", "[0-9]{1,6}"), ("grid", "[0-9]{1,6}x[0-9]{1,6}")):
                 if not re.fullmatch(form, meta.get(key, "")):
                     raise ValueError(f"{key} is {meta[key]!r}" if key in meta else f"no {key}")
@@ -232,7 +232,7 @@ class VisualTokens:
             packed = file.raw("bits").copy()
             tokens = cls(packed, length, (h, w), meta.get("model", ""), tuple(names))
             if padding := -tokens.num_patches * length % 8:
-                packed[:, -1] &= 0xFF << padding & 0xFF  # compared, and written, as zeros
+                packed[:, -1] &= 0xFF << padding & 0xFF  # zeros, as compared and written
             return tokens
         except (ValueError, RecursionError) as error:
             reason = f" ({error})" if str(error) else ""

@@ -1,4 +1,4 @@
-"""What the command line asks of a backend that can train, and how it is found: by entry point."""
+"""The interface of training for the command line, and how a backend that trains is found: by entry point."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUP = "qlip.trainers"
 
 
 class Trainer(Protocol):
-    """Training by recipe: names of shipped ones or paths, changed by "key=value"."""
+    """Training by recipe, given as a shipped recipe's name or a path, with "key=value" changes."""
 
     def train(
         self,
@@ -28,8 +28,8 @@ class Trainer(Protocol):
         steps: int | None,
         dry_run: bool,
     ) -> dict[str, Any]:
-        """Run stages "1", "2" or "all" (None: what the run was begun with, else all) in the folder `out`;
-        what came out and the plans, for JSON."""
+        """Run stages "1", "2" or "all" (None: what the run was started with, else all) in the folder `out`.
+        Returns the results and the plans, for JSON."""
         ...
 
     def train_generator(
@@ -64,20 +64,20 @@ class Trainer(Protocol):
 
 
 def toml_string(text: str) -> str:
-    """A TOML string: JSON's, but that TOML knows no surrogate pairs and wants DEL escaped."""
+    """A TOML string: like JSON's, except that TOML has no surrogate pairs and requires DEL to be escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def get_trainer(backend: str = "torch") -> Trainer:
-    """The trainer of a backend. Raises BackendError where a backend has none, or is not installed."""
+    """The trainer of a backend. Raises BackendError if the backend has none or is not installed."""
     found = {entry.name: entry for entry in entry_points(group=GROUP)}
     if backend not in found:
         if backend not in backend_names():
-            get_backend(backend)  # says which there are
+            get_backend(backend)  # raises for an unknown one, listing the backends
         raise BackendError(
             f"backend {backend} is for inference: train with --backend {' or '.join(sorted(found))}"
         )
-    get_backend(backend)  # says what to install
+    get_backend(backend)  # raises if not installed, saying how to
     try:
         return found[backend].load()
     except ModuleNotFoundError as error:

@@ -539,7 +539,7 @@ def test_generators_of_other_tokenizers_are_refused(
         qlip.load(tmp_path / "model", backend="numpy", generator=folder)
     anyone = replace(found.config, tokenizer="", text_tower="", grid=(4, 4))
     save_generator(tmp_path / "other", anyone, found.tensors())
-    with pytest.raises(CheckpointError, match="draws 28 bits a patch on 4x4 patches"):
+    with pytest.raises(CheckpointError, match="draws 28 bits per patch on 4x4 patches"):
         qlip.load(tiny_model, backend="numpy", generator=tmp_path / "other")
     with pytest.raises(CheckpointError, match="no such folder"):
         qlip.load(tiny_model, backend="numpy", generator=tmp_path / "absent")

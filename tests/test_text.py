@@ -136,7 +136,7 @@ def test_wrong_texts_and_ids(tokenizer: Tokenizer) -> None:
     for bad, message in (
         (np.array([1, 2]), r"integers \[B, T\]"),
         (np.array([[1.0]]), "integers"),
-        (np.zeros((1, 13), int), "13 token ids a text"),
+        (np.zeros((1, 13), int), "13 token ids per text"),
         (np.array([[520]]), "run from 520 to 520; the vocabulary has 520"),
         (np.array([[-1]]), "run from -1"),
     ):

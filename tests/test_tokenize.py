@@ -366,9 +366,7 @@ def test_tokens_of_another_tokenizer_are_refused(
     other = qlip.load(other_folder, backend="numpy")
     out = tmp_path / "out"
     run(other, tars, out)
-    with pytest.raises(
-        TokenFileError, match=r"000\.safetensors: is there already, and its model is"
-    ):
+    with pytest.raises(TokenFileError, match=r"000\.safetensors: already exists, and its model is"):
         run(model, tars, out)
     # One of each in a folder.
     (out / "002.safetensors").write_bytes((whole / "002.safetensors").read_bytes())
@@ -425,7 +423,7 @@ def test_damaged_shards_are_refused(whole: Path, tmp_path: Path) -> None:
         TokenShards(tmp_path / "empty")
     with pytest.raises(TokenFileError, match="no such file"):
         TokenShards(tmp_path / "absent")
-    with pytest.raises(TokenFileError, match="copy them here first"):
+    with pytest.raises(TokenFileError, match="copy them to this machine first"):
         TokenShards("s3://bucket/000.safetensors")
 
 

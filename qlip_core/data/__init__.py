@@ -1,1 +1,1 @@
-"""Picture-and-caption sets, and what reads and writes them."""
+"""Sets of captioned pictures: reading and writing them."""

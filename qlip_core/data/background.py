@@ -1,4 +1,4 @@
-"""An iterator run ahead in a thread, so that reading goes on while its consumer is busy."""
+"""Runs an iterator ahead in a thread, so that reading continues while its consumer is busy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-_LOOK_UP = 0.1  # seconds between looks at whether the consumer is still there
+_LOOK_UP = 0.1  # seconds between checks that the consumer is still there
 _PATIENCE = 5.0
 
 
 class _End:
-    """What the thread says last: the error that ended the iterator, or None."""
+    """The thread's last item: the error that ended the iterator, or None."""
 
     def __init__(self, error: BaseException | None) -> None:
         self.error = error

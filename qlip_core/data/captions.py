@@ -22,7 +22,7 @@ OPENINGS = ("a picture of", "an emoji of", "an icon of", "a drawing of", "an ima
 SMALL_WORDS = ("small", "little")
 LARGE_WORDS = ("large", "big")
 
-# {a} and {b} are the two glyphs of a scene in its order.
+# {a} and {b} are the scene's two glyphs, in order.
 _PAIR_WORDS: dict[tuple[str, str], tuple[str, ...]] = {
     ("left", "right"): (
         "{a} on the left and {b} on the right",
@@ -44,7 +44,7 @@ _PAIR_WORDS: dict[tuple[str, str], tuple[str, ...]] = {
         "{a} at the bottom left and {b} at the top right",
     ),
 }
-# {c} is the main colour, {d} the second one where it has a name of its own.
+# {c} is the main colour, {d} the second one if it has its own name.
 _ONE_COLOUR: dict[str, tuple[str, ...]] = {
     "plain": ("on a {c} background", "against a {c} background", "on {c}"),
     "gradient": ("on a {c} gradient background", "on a {c} gradient"),
@@ -80,7 +80,7 @@ def _fix_articles(text: str) -> str:
 
 
 def sized(name: str, adjective: str) -> str | None:
-    """`name` with a size word after its article; None for a name that takes none."""
+    """`name` with a size word after its article; None for a name that allows none."""
     article, _, rest = name.partition(" ")
     if article not in ("a", "an") or {"small", "large", "big", "little"} & set(rest.split()):
         return None
@@ -88,14 +88,14 @@ def sized(name: str, adjective: str) -> str | None:
 
 
 def size_words(placed: PlacedGlyph) -> tuple[str, ...]:
-    """The size words that are true of a glyph: of the small, of the large, or none."""
+    """The size words true of a glyph: those for small, those for large, or none."""
     if placed.size < SMALL:
         return SMALL_WORDS
     return LARGE_WORDS if placed.size >= LARGE else ()
 
 
 def names_of(glyph: Glyph) -> tuple[str, ...]:
-    """The primary name, then the others."""
+    """The primary name, then other names."""
     return (glyph.name, *glyph.synonyms)
 
 
@@ -116,7 +116,7 @@ def _joined(parts: list[str]) -> str:
 
 
 def _subjects(scene: Scene, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Every wording of what stands in the picture, under these names; the bare names first."""
+    """Every wording of what the picture shows, with these names; the bare names first."""
     if len(scene.glyphs) == 1:
         placed, name = scene.glyphs[0], names[0]
         adorned = [sized(name, word) for word in size_words(placed)]
@@ -138,7 +138,7 @@ def _on(subject: str, ground: str) -> str:
 
 
 def name_caption(scene: Scene) -> str:
-    """Only what stands in the picture, by primary names: "a cat", "a red apple and a guitar"."""
+    """Only the things in the picture, by primary names: "a cat", "a red apple and a guitar"."""
     return _subjects(scene, _primary(scene))[0]
 
 
@@ -148,7 +148,7 @@ def described(name: str) -> str:
 
 
 def described_caption(scene: Scene) -> str:
-    """What stands in the picture by its looks, half of the time beside its names."""
+    """The things in the picture described by their appearance, half of the time with their names."""
     glyphs = [glyph_by_code()[placed.code] for placed in scene.glyphs]
     if Draws(_WORDING, scene.wording).chance(0.5):
         return _joined([glyph.description for glyph in glyphs])
@@ -156,7 +156,7 @@ def described_caption(scene: Scene) -> str:
 
 
 def full_caption(scene: Scene) -> str:
-    """Primary names, size where it is marked, places and background, always in the same words."""
+    """Primary names, notable sizes, places and background, always in the same words."""
     names, ground = _primary(scene), ground_words(scene.background)[0]
     if len(scene.glyphs) == 1:
         placed, name = scene.glyphs[0], names[0]
@@ -182,7 +182,7 @@ def captions(scene: Scene) -> tuple[str, ...]:
 
 
 def caption(scene: Scene) -> str:
-    """One of the scene's captions, chosen by `scene.wording`; half of them short, half whole."""
+    """One of the scene's captions, chosen by `scene.wording`; half are short, half complete."""
     draws = Draws(_WORDING, scene.wording)
     names = []
     for placed in scene.glyphs:
@@ -193,7 +193,7 @@ def caption(scene: Scene) -> str:
     bare = draws.chance(0.55 if _is_central(scene) else 0.25)
     subject = subjects[0] if bare else draws.choice(subjects[1:])
     if draws.chance(0.68):
-        # The plainest wording of a background is as common as all its others together.
+        # A background's plainest wording is as common as all its others together.
         grounds = ground_words(scene.background)
         subject = _on(subject, grounds[0] if draws.chance(0.5) else draws.choice(grounds))
     return f"{draws.choice(OPENINGS)} {subject}" if draws.chance(0.15) else subject
@@ -204,9 +204,9 @@ def _is_central(scene: Scene) -> bool:
 
 
 def caption_corpus() -> list[str]:
-    """Texts with every word that captions can use, unseen names included, to train a vocabulary on.
+    """Texts with every word that captions can use, unseen names included, for training a vocabulary.
 
-    Each name stands in them a few times; the words around names are about as common as in captions.
+    Each name occurs a few times; the words around names are about as common as in captions.
     """
     colours = list(PALETTE)
     places = [words for phrases in PLACE_WORDS.values() for words in phrases]
@@ -230,7 +230,7 @@ def caption_corpus() -> list[str]:
             _fix_articles(phrase.format(c=first, d=second))
             for phrase in (*twos, *_GRADIENT_ENDS.values())
         ]
-    # The words of the usual zero-shot prompts.
+    # Words from the usual zero-shot prompts.
     texts += [
         "a photo of a big one",
         "a good photo of the thing",

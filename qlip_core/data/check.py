@@ -1,4 +1,4 @@
-"""Read a set through as training would, decode every image, and say what is in it and what is broken."""
+"""Read a whole set as training would, decode every image, and report what is in it and what is broken."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from qlip_core.errors import DataError, ImageError
 from qlip_core.images import open_image
 from qlip_core.loading import Progress
 
-# Keys are remembered as 64-bit hashes, 100 MB of them at most; later keys are held against these.
+# Keys are remembered as 64-bit hashes, at most 100 MB of them; later keys are compared with these.
 MAX_KEYS = 1_000_000
 _EXAMPLES = 10
 
 
 @dataclass
 class Spread:
-    """Whole numbers seen, counted by value: exact order statistics in memory bounded by their range."""
+    """Integers counted by value, which gives exact order statistics in memory bounded by their range."""
 
     counts: Counter[int] = field(default_factory=Counter)
 
@@ -40,7 +40,7 @@ class Spread:
         self.counts[value] += 1
 
     def to_dict(self) -> dict[str, int] | None:
-        """{"min", "median", "max"}, the median being the lower one of two; None where nothing was seen."""
+        """{"min", "median", "max"}, with the lower of two medians; None if there are no numbers."""
         if not self.counts:
             return None
         left = (self.counts.total() + 1) // 2
@@ -107,8 +107,8 @@ def check(
 ) -> Report:
     """Read all of `source` (a location, or one that is open) and decode every image.
 
-    `progress` is called for every sample. Memory does not grow with the set beyond the
-    keys' hashes (see `MAX_KEYS`). Raises DataError where the set is not there or cannot be read at all.
+    `progress` is called for every sample. Only the keys' hashes grow with the set (see `MAX_KEYS`). Raises
+    DataError if the set does not exist or none of it can be read.
     """
     if isinstance(source, str):
         source = open_source(source, limits)
@@ -129,11 +129,11 @@ def check(
 
 
 def _items(source: AnySource) -> Iterator[Sample | Bad]:
-    """`iter_samples`, with a Bad for a shard that cannot be opened. Raises DataError where none can."""
+    """`iter_samples`, with a Bad for each shard that cannot be opened. Raises DataError if none can."""
     if isinstance(source, FolderSource):
         yield from iter_samples(source)
         return
-    failures: list[str] = []  # not the errors, which would hold on to their connections
+    failures: list[str] = []  # texts, because error objects would keep their connections open
     for shard, address in enumerate(source.shards):
         try:
             for _, item in source.read_shard(shard):

@@ -1,7 +1,7 @@
-"""Random draws that depend on a key alone: the same on every machine, in any order and process.
+"""Random draws that depend only on a key: the same on every machine, in any order and process.
 
-Philox is counter-based, and its raw 64-bit output is fixed by its definition; numpy promises nothing
-of the kind for `Generator.integers` or `choice`, so the draws here are made from the raw output.
+Philox is counter-based, and its definition fixes its raw 64-bit output. numpy does not promise the same
+for `Generator.integers` or `choice`, so the draws here are made from the raw output.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ _BLOCK = 32
 
 
 def stable_hash(text: str) -> int:
-    """64 bits of BLAKE2b of `text`: a hash that no process, platform or version changes."""
+    """64 bits of BLAKE2b of `text`: a hash that is the same in every process, platform and version."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 class Draws:
-    """An endless row of independent draws for one (stream, index).
+    """An endless sequence of independent draws for one (stream, index).
 
-    stream, index: both below 2^64. Two pairs give unrelated rows.
+    stream, index: both below 2^64. Different pairs give unrelated sequences.
     """
 
     def __init__(self, stream: int, index: int):
@@ -52,7 +52,7 @@ class Draws:
         return options[self.below(len(options))]
 
     def weighted(self, options: Sequence[tuple[T, float]]) -> T:
-        """One of the (value, weight) pairs' values; the weights need not sum to 1."""
+        """A value from (value, weight) pairs; the weights need not sum to 1."""
         mark = self.uniform() * sum(weight for _, weight in options)
         for value, weight in options:
             mark -= weight
@@ -62,6 +62,6 @@ class Draws:
 
 
 def uniform_grid(seed: int, rows: int, columns: int) -> np.ndarray:
-    """float32 [rows, columns] in [0, 1), a function of `seed` (below 2^64) alone."""
+    """float32 [rows, columns] in [0, 1), a function only of `seed` (below 2^64)."""
     raw = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(rows * columns)
     return ((raw >> np.uint64(40)) * np.float32(2.0**-24)).astype(np.float32).reshape(rows, columns)

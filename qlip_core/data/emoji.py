@@ -1,4 +1,4 @@
-"""Captioned emoji pictures: the set that qlip trains, tests and shows itself on with no download.
+"""Captioned emoji pictures: a set for training, tests and demos that needs no download.
 
 emoji = EmojiSet(size=64, seed=0, split="train")
 image, caption, about = emoji.sample(0)

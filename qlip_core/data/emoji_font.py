@@ -23,15 +23,14 @@ _FOLDERS = (
     "/Library/Fonts",
     "~/Library/Fonts",
 )
-# Colour-bitmap fonts open at the sizes of their bitmaps only: Noto's CBDT has 109, Apple's sbix 160
-# and below.
+# Colour-bitmap fonts open only at the sizes of their bitmaps: Noto's CBDT has 109, Apple's sbix 160 and below.
 _BITMAP_SIZES = (109, 160, 136, 128, 96)
 _PROBE = "\N{RED APPLE}"
 _NO_CHARACTER = "\U0010fffd"
 
 
 def font_folders() -> list[Path]:
-    """The folders in which a colour-emoji font is looked for, in order."""
+    """The folders searched for a colour-emoji font, in order."""
     return [Path(folder).expanduser() for folder in _FOLDERS]
 
 
@@ -79,7 +78,7 @@ class EmojiFont:
     def _open(cls, path: Path) -> "EmojiFont | None":
         if not path.is_file():
             return None
-        # Bytes and not the path: for a damaged file Pillow would take another of the same name.
+        # Bytes, not the path, because for a damaged file Pillow would take another of the same name.
         content = path.read_bytes()
         for pixels in _BITMAP_SIZES:
             try:
@@ -92,7 +91,7 @@ class EmojiFont:
             font = cls(path, face, pixels)
             picture = np.asarray(font._draw(_PROBE))
             opaque = picture[picture[..., 3] > 200][:, :3].astype(int)
-            # A font whose colours Pillow cannot read draws nothing, or a grey outline.
+            # If Pillow cannot read a font's colours, it draws nothing or a grey outline.
             if len(opaque) and np.ptp(opaque, axis=1).max() > 64:
                 return font
         return None
@@ -121,11 +120,11 @@ class EmojiFont:
 
     @property
     def licence(self) -> str:
-        """What the font's pictures may be used for, in words."""
+        """The licence of the font's pictures, in words."""
         if self.path.name.startswith("Noto"):
             return "Noto Color Emoji, Google Inc.: SIL Open Font License 1.1"
         if self.path.name.startswith("Apple"):
-            return "Apple Color Emoji: part of macOS, its pictures may not be passed on"
+            return "Apple Color Emoji: part of macOS, its pictures may not be redistributed"
         return "unknown: see the font's own licence"
 
     def sha256(self) -> str:

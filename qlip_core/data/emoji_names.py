@@ -1,8 +1,8 @@
 """What each emoji is called: the table of names, and which names training sees.
 
-`emoji_names.tsv` has one line a glyph: code point, `*` if it is a common thing, its name as it stands
-in a caption (article included), other names for it, the palette colours it would vanish on, and what it
-looks like, in words that recur over all glyphs ("a round red fruit with a green leaf").
+`emoji_names.tsv` has one line per glyph: code point, `*` if it is a common thing, its name as used in a
+caption (with article), other names for it, the palette colours on which it would be invisible, and what it
+looks like, in words shared with other glyphs ("a round red fruit with a green leaf").
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from qlip_core.data.draws import stable_hash
 from qlip_core.data.palette import PALETTE
 
 UNSEEN_SHARE = 0.15
-"""Share of the glyphs that are not common whose names and pictures training never sees."""
+"""Share of the uncommon glyphs whose names and pictures training never sees."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def seen_glyphs() -> tuple[Glyph, ...]:
 
 
 def unseen_glyphs() -> tuple[Glyph, ...]:
-    """The glyphs kept out of training, in the fixed order of a hash."""
+    """The glyphs kept out of training, in the order of a hash."""
     kept_out = [glyph for glyph in all_glyphs() if glyph.unseen]
     return tuple(sorted(kept_out, key=lambda glyph: _rank(glyph.code)))
 
@@ -94,4 +94,4 @@ CLASS_NAMES_100: tuple[str, ...] = tuple(_data_file("class_names_100.txt").split
 """A hundred common seen names: the classes of the plain classification test."""
 
 UNSEEN_NAMES: tuple[str, ...] = tuple(glyph.name for glyph in unseen_glyphs())
-"""The names kept out of training, in the fixed order of a hash."""
+"""The names kept out of training, in the order of a hash."""

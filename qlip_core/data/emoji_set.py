@@ -32,18 +32,18 @@ Wording = Literal["name", "scene", "described"]
 class EmojiSet:
     """Captioned renderings of emoji at `size` x `size` pixels; sample i is always the same.
 
-    split: what the scenes hold.
+    split: what the scenes show.
       train: seen glyphs; no held-out combination of glyph, background colour and place.
-      held-out: as train, but renderings that training never sees, whatever its seed.
-      combinations: seen glyphs, each of them in a held-out combination.
-      unseen: the glyphs that training never sees, in any combination.
-    plain: one large upright glyph in the middle of a plain background, the glyphs taking turns
-      (sample i shows glyph i modulo their number).
-    wording: "scene" captions tell of glyphs, mostly background, now and then size and place; "name"
-      ones only what stands in the picture, "described" ones what that looks like, half of them with
-      names too. By default "name" where plain, "scene" elsewhere.
+      held-out: like train, but renderings that training never sees, whatever its seed.
+      combinations: seen glyphs, each in a held-out combination.
+      unseen: glyphs that training never sees, in any combination.
+    plain: one large upright glyph in the middle of a plain background, each glyph in turn (sample i
+      shows glyph i modulo their number).
+    wording: "scene" captions name the glyphs, usually the background, sometimes size and place; "name"
+      captions only the things shown; "described" ones what those look like, half of them with names
+      too. By default "name" if plain, else "scene".
     names: only these glyphs, by primary name.
-    common_share: share of the glyphs drawn from the common ones alone, on top of their own share.
+    common_share: share of glyphs drawn from the common ones only, in addition to their regular share.
     font: a font file; by default the first colour-emoji font found on the machine.
     """
 
@@ -96,7 +96,7 @@ class EmojiSet:
         return draws.choice(self._common if common else self.glyphs)
 
     def scene(self, index: int) -> Scene:
-        """What picture `index` (0 or more) holds."""
+        """What picture `index` (0 or more) shows."""
         if not 0 <= index < 2**63:
             raise DataError(f"sample {index}: must be from 0 to 2^63 - 1")
         draws = Draws(self._stream, index)

@@ -1,4 +1,4 @@
-"""The emoji set as WebDataset tars, the same bytes every time."""
+"""The emoji set as WebDataset tars, byte for byte reproducible."""
 
 import io
 import json
@@ -32,9 +32,9 @@ def write_shards(
     """Write samples 0 to count - 1 as `out`/00000.tar … and `out`/dataset.json; returns the latter.
 
     A sample is three files in a tar, `{key}.png`, `{key}.txt` (the caption) and `{key}.json`
-    (`EmojiSet.describe`). PNG and not JPEG: at 64 px JPEG's halved colour would blur the targets
-    that reconstructions are measured against. Every file is written under another name and renamed
-    when whole; `dataset.json` comes last, so a folder without it is incomplete. `progress` is called for
+    (`EmojiSet.describe`). PNG, not JPEG, whose halved colour resolution would blur, at 64 px, the targets
+    that reconstructions are measured against. Every file is written under a temporary name and renamed
+    when complete; `dataset.json` comes last, so a folder without it is incomplete. `progress` is called for
     every sample.
 
     Raises DataError if `count` or `shard_size` is below 1, or if `out` holds a set and not `force`.
@@ -76,7 +76,7 @@ def write_shards(
 
 
 def _set_files(folder: Path) -> list[Path]:
-    """The files of a set in `folder`, dataset.json first: while it is there, the set is whole."""
+    """The files of a set in `folder`, dataset.json first, because while it exists the set counts as complete."""
     shards = sorted(folder.glob("[0-9]" * 5 + ".tar"))
     return [path for path in (folder / "dataset.json", *shards) if path.exists()]
 
@@ -89,7 +89,7 @@ def _samples(
         picture = io.BytesIO()
         Image.fromarray(image).save(picture, "png", optimize=True)
         told = json.dumps(about, separators=(",", ":")).encode()
-        # No dot in a key: WebDataset takes all after the first one for the extension.
+        # No dot in a key: WebDataset takes everything after the first dot as the extension.
         key = f"emoji-{emoji.split}-{emoji.seed}-{index:08d}"
         yield key, {"png": picture.getvalue(), "txt": caption.encode(), "json": told}
         if progress is not None:

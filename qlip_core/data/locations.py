@@ -1,7 +1,7 @@
-"""From what a user writes for a set of files to the list of files, and from a file's address to its bytes.
+"""From a user's notation for a set of files to the list of files, and from a file's address to its bytes.
 
 Addresses: local paths, http(s), and whatever WebDataset (`pipe:`, gs, hf, ais, …) and fsspec (s3, …) open.
-A `pipe:` address is a shell command that runs as the user: as in WebDataset, it is there for those who write
+A `pipe:` address is a shell command that runs as the user. As in WebDataset, it is for people who write
 their own recipes.
 """
 
@@ -24,18 +24,18 @@ _SCHEME = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]+):(?=//)|^(pipe):")
 _BRACES = re.compile(r"\{([^{}]*(?:\.\.|,)[^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)\Z")
 _GLOB = re.compile(r"[*?\[]")
-# What webdataset's own openers serve; all other schemes are fsspec's.
+# Schemes that webdataset's own openers handle; fsspec handles all others.
 _WEBDATASET = frozenset({"pipe", "sftp", "ftps", "scp", "gs", "htgs", "hf", "ais"})
 _HTTP = frozenset({"http", "https"})
 _TIMEOUT = 60.0
-# A connection that breaks is tried again, and read on from the sample where it broke.
+# A broken connection is retried, and reading resumes at the sample where it broke.
 RETRIES = 4
 _FIRST_PAUSE = 0.5
 MAX_FILES = 1_000_000
 
 
 class ByteStream(Protocol):
-    """What is read from: forward only."""
+    """A forward-only stream."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
@@ -55,7 +55,7 @@ def local_path(address: str) -> Path:
 def expand(location: str) -> list[str]:
     """Every address that `location` stands for, in order: braces first, then wildcards, sorted.
 
-    Raises DataError where a path is not there or a wildcard matches nothing.
+    Raises DataError if a path does not exist or a wildcard matches nothing.
     """
     if not scheme(location) and local_path(location).exists():
         return [location]
@@ -81,9 +81,9 @@ def expand(location: str) -> list[str]:
 
 
 def expand_braces(text: str) -> list[str]:
-    """ "a{00..02}b{x,y}" -> 6 strings, the last brace running fastest. Numbers keep their zeros."""
+    """ "a{00..02}b{x,y}" -> 6 strings, the last brace varying fastest. Numbers keep leading zeros."""
     pieces = _BRACES.split(text)
-    # split() alternates what is outside and inside the braces.
+    # split() alternates text outside and inside braces.
     choices = [[p] if i % 2 == 0 else _choices(p, text) for i, p in enumerate(pieces)]
     total = 1
     for options in choices:
@@ -109,9 +109,9 @@ def _choices(inside: str, text: str) -> list[str]:
 
 
 def wait_to_retry(address: str, failures: int, error: OSError, advice: str = "") -> None:
-    """After so many failures in a row to read `address`: wait, longer each time, to try it again.
+    """Wait, longer after each of the `failures` in a row, before reading `address` again.
 
-    Raises DataError, with `advice`, for a local file, or when it has failed too often.
+    Raises DataError, with `advice`, for a local file, or after too many failures.
     """
     if not scheme(address) or failures > RETRIES:
         raise DataError(f"{address}: cannot be read ({error}){advice}") from None
@@ -122,15 +122,15 @@ def wait_to_retry(address: str, failures: int, error: OSError, advice: str = "")
 def opened(address: str) -> Iterator[ByteStream]:
     """The bytes of `address` as a stream; for a local file one that can seek.
 
-    Raises DataError where an extra is missing. What fails on the way, the end of a transfer included, is an
-    OSError: a cut connection must never pass for the end of a file.
+    Raises DataError if an extra is missing. Any failure while reading, including a transfer that ends early, is
+    an OSError, because a cut connection must never be taken for the end of a file.
     """
     kind = scheme(address)
     if not kind:
         with local_path(address).open("rb") as file:
             yield file
     elif kind in _HTTP:
-        # WebDataset runs curl for these, which is not everywhere and waits on a stalled server for ever.
+        # WebDataset runs curl for these, which is not installed everywhere and waits for ever on a stalled server.
         try:
             response = urllib.request.urlopen(address, timeout=_TIMEOUT)
         except (http.client.InvalidURL, ValueError) as error:
@@ -142,7 +142,7 @@ def opened(address: str) -> Iterator[ByteStream]:
         try:
             yield _Checked(pipe)
         finally:
-            # Where reading stopped early the command still runs, and how it ends does not matter.
+            # If reading stopped early, the command is still running, and its exit status does not matter.
             pipe.ignore_errors = True
             if pipe.proc.poll() is None:
                 pipe.proc.terminate()
@@ -153,7 +153,7 @@ def opened(address: str) -> Iterator[ByteStream]:
 
 
 class _Remote:
-    """A file of fsspec's, whose clients each have their own exceptions: all become OSError."""
+    """A file of fsspec's, whose clients each have their own exceptions; all become OSError."""
 
     def __init__(self, file):
         self._file = file
@@ -168,7 +168,7 @@ class _Remote:
 
 
 class _Download:
-    """An HTTP response, whose end counts only when all that was announced has come."""
+    """An HTTP response that must be as long as announced."""
 
     def __init__(self, response: http.client.HTTPResponse):
         self._response = response
@@ -188,7 +188,7 @@ class _Download:
 
 
 class _Checked:
-    """A command's output, whose end counts only when the command ended well."""
+    """A command's output; the command must succeed."""
 
     def __init__(self, pipe):
         self._pipe = pipe
@@ -213,8 +213,7 @@ def _webdataset_open(address: str) -> Any:
 
 
 def fsspec_open(address: str) -> Any:
-    """A file that fsspec opens. Raises DataError where it cannot, for an extra that is missing or an address
-    that it does not take."""
+    """A file that fsspec opens. Raises DataError if an extra is missing or it does not support the address."""
     try:
         import fsspec
     except ImportError:

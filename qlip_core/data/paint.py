@@ -1,4 +1,4 @@
-"""Painting a scene: the background, then each glyph turned, resized and laid on it."""
+"""Painting a scene: the background, then each glyph rotated, resized and pasted."""
 
 import math
 
@@ -9,8 +9,8 @@ from qlip_core.data.draws import uniform_grid
 from qlip_core.data.emoji_font import EmojiFont
 from qlip_core.data.scenes import Background, PlacedGlyph, Scene
 
-# A glyph is kept at these shares of the font's own size, each a clean reduction of it: turned and brought
-# to its size in the picture in one go, from the next larger one, it is neither jagged nor slow.
+# Each glyph is cached at these fractions of the font's size, each a clean reduction. Rotating and scaling the
+# next larger one in a single transform gives smooth results and is fast.
 _LEVELS = (0.5, 0.6, 0.72, 0.86, 1.0)
 
 
@@ -34,7 +34,7 @@ class Painter:
 
     def _glyph(self, code: int, side: float) -> Image.Image:
         if code not in self._glyphs:
-            # RGBa: colours multiplied by alpha, so that clear pixels lend resampling no colour.
+            # RGBa: colours multiplied by alpha, so that transparent pixels add no colour when resampling.
             whole = self.font.draw(code).convert("RGBa")
             widths = [round(level * whole.width) for level in _LEVELS[:-1]]
             smaller = [whole.resize((w, w), Image.Resampling.BICUBIC) for w in widths]
@@ -92,9 +92,9 @@ class Painter:
 
 
 def _turned(glyph: Image.Image, angle: float, side: float) -> tuple[Image.Image, int]:
-    """The glyph turned by `angle` degrees against the clock, its own side `side` pixels long, and the side of
-    the square picture that holds it."""
-    # Smaller than all that is kept: reduced first, or the turn would pass over pixels.
+    """The glyph, `side` pixels wide, rotated by `angle` degrees anticlockwise, and the side of the square picture
+    that holds it."""
+    # Smaller than all cached sizes: reduce it first, or the rotation would skip pixels.
     if side < 0.8 * glyph.width:
         width = max(1, round(side))
         glyph = glyph.resize((width, width), Image.Resampling.BICUBIC)

@@ -24,10 +24,10 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "brown": (126, 76, 38),
     "beige": (228, 206, 168),
 }
-"""Name to sRGB, 0 to 255. The nearest two are far enough apart for JITTER to confuse none."""
+"""Name to sRGB, 0 to 255. Even the nearest two are too far apart for JITTER to confuse."""
 
 BRIGHTNESS_JITTER, CHANNEL_JITTER = 6, 3
-"""A painted colour's channels are off the named one by at most these, together and each for itself."""
+"""How far a painted colour's channels may be from the named one's: all together, and each separately."""
 
 JITTER = BRIGHTNESS_JITTER + CHANNEL_JITTER
-"""The most that any channel of a painted colour is off, in levels."""
+"""The most that any channel of a painted colour deviates, in levels."""

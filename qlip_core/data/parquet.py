@@ -21,15 +21,15 @@ class _Columns:
     image: str
     caption: str | None
     label: str | None
-    # What the numbers in `label` stand for, where the file says so.
+    # Names for the numbers in `label`, if the file has them.
     classes: tuple[str, ...]
-    # Where the image is a struct: only its bytes are read. Its path is a name, never opened.
+    # If the image is a struct, only its bytes are read; its path is only a name and never opened.
     nested: bool
 
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files, a row group being a shard."""
+    """Parquet files; each row group is a shard."""
 
     location: str
     files: tuple[str, ...]
@@ -88,8 +88,8 @@ class ParquetSource:
             except (OSError, ValueError) as error:  # what pyarrow raises derives from these
                 if isinstance(error, DataError):
                     raise
-                # A connection may come back, and what it brought before is not read again. That pyarrow
-                # calls damaged pages by the same name shows when they are no better the last time.
+                # May be a broken connection: retry, without rereading earlier rows. pyarrow raises the same for
+                # damaged pages, which still fail at the last attempt.
                 failures += 1
                 if isinstance(error, OSError) and scheme(name) and failures <= RETRIES:
                     wait_to_retry(name, failures, error)
@@ -158,7 +158,7 @@ def _label(batch: Any, row: int, columns: _Columns) -> str | None:
 
 
 def _class_names(schema: Any, label: str) -> tuple[str, ...]:
-    """What Hugging Face's `datasets` notes of a ClassLabel; empty where there is nothing of the kind."""
+    """The names that Hugging Face's `datasets` stores for a ClassLabel; empty if there are none."""
     try:
         noted = json.loads((schema.metadata or {})[b"huggingface"])
         names = noted["info"]["features"][label]["names"]

@@ -1,4 +1,4 @@
-"""Shuffled order as arithmetic: any place in it is computed from its number alone, nothing remembered."""
+"""Shuffled order as arithmetic: each place is computed from its number alone, without stored state."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _FACTORS = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 def permute(position: int, count: int, key: int) -> int:
     """The image of `position` under a pseudo-random permutation of range(count) chosen by `key`.
 
-    A Feistel network over the next even power of two, walked until it lands below `count`: O(1) memory
-    for a set of any size, where a shuffled list of its numbers would take 8 bytes a sample.
+    A Feistel network over the next even power of two, applied until the result is below `count`: O(1) memory
+    for a set of any size, where a shuffled list of numbers would take 8 bytes per sample.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

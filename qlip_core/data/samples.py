@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Limits:
-    """Sizes in bytes above which a member is bad, and never read into memory; and whether a sample needs a
-    `caption`, as in training, or does without ("")."""
+    """Sizes in bytes above which a member is bad and never read into memory; and whether a sample needs a
+    `caption`, as in training, or may have none ("")."""
 
     image_bytes: int = 64 * 2**20
     text_bytes: int = 2**20
@@ -29,10 +29,10 @@ class Sample:
 
 
 def label_of(meta: dict[str, Any]) -> str:
-    """The metadata's label, a name or a number; "" where there is none."""
+    """The metadata's label, a name or a number; "" if there is none."""
     value = meta.get("label", "")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # as a column of integers with gaps is written
+        value = int(value)  # a column of integers with missing values is stored as floats
     return str(value) if isinstance(value, str | int) else ""
 
 
@@ -40,7 +40,7 @@ def label_of(meta: dict[str, Any]) -> str:
 class Bad:
     """A sample that cannot be used, and why.
 
-    reason: a short phrase from a small set, to count by; `detail` says more where there is more to say.
+    reason: one of a few short phrases, for counting; `detail` may add to it.
     """
 
     key: str
@@ -76,8 +76,8 @@ def make_sample(
 ) -> Sample | Bad:
     """A sample from its parts, or what is wrong with them. The image is not decoded here.
 
-    A caption that is absent is taken from the metadata's "caption", where img2dataset also writes it; with one,
-    metadata that are no JSON object count as none. `label` becomes the metadata's, if they have none.
+    A missing caption is taken from the metadata's "caption", where img2dataset also writes it. If there is a
+    caption, invalid metadata is ignored. `label` is added to the metadata if that has none.
     """
     if image is None or not image:
         return Bad(key, where, NO_IMAGE)
@@ -112,7 +112,7 @@ def make_sample(
     try:
         caption.encode()
     except UnicodeEncodeError:
-        # A lone surrogate can come through JSON, and no tokenizer takes it.
+        # JSON can contain a lone surrogate, which no tokenizer accepts.
         return Bad(key, where, NOT_UTF8, "lone surrogate")
     return Sample(key, image, caption, meta, where)
 
@@ -139,7 +139,7 @@ class Tally:
         return {"counts": dict(sorted(self.counts.items())), "named": list(self.named)}
 
     def include(self, other: dict[str, Any]) -> None:
-        """Add what another tally's `to_dict` says."""
+        """Add another tally, given as its `to_dict`."""
         for reason, count in other["counts"].items():
             self.counts[reason] = self.counts.get(reason, 0) + count
         self.named += other["named"][: self.keep - len(self.named)]

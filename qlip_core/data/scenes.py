@@ -1,7 +1,7 @@
-"""Scenes: everything that is drawn in one picture, as data, and how they are drawn at random.
+"""Scenes: the content of a picture as data, and how it is drawn at random.
 
-Lengths and places are fractions of the picture's side, (0, 0) its top left corner, so one scene can
-be painted at any size.
+Lengths and positions are fractions of the picture's side, with (0, 0) its top left corner, so a scene
+can be painted at any size.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ HELD_OUT_SHARE = 0.1
 
 SMALL = 0.40
 LARGE = 0.86
-"""A glyph below SMALL of the side may be called small; one from LARGE up, large."""
+"""A glyph smaller than SMALL of the side may be called small; one of at least LARGE, large."""
 
 _KINDS = (
     ("plain", 0.62),
@@ -49,7 +49,7 @@ _PAIRS = (
 )
 _TRIPLES = (("left", "centre", "right"), ("top", "bottom left", "bottom right"))
 
-# How far a glyph may tilt (degrees) and wander from the middle (fraction of the side).
+# How far a glyph may tilt (degrees) and be off centre (fraction of the side).
 _ALONE, _IN_COMPANY, _PLAIN = (15.0, 0.04), (12.0, 0.01), (5.0, 0.03)
 
 RGB = tuple[int, int, int]
@@ -69,11 +69,11 @@ class PlacedGlyph:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the glyphs.
+    """What is behind the glyphs.
 
     kind: plain, gradient, stripes, dots, checks or noise.
-    colours: palette names, the main one first; a second one where the second paint has a name.
-    paints: what is painted, two of them unless plain.
+    colours: palette names, the main one first; a second one if the second paint has a name.
+    paints: the colours painted, two unless plain.
     direction: down, right or diagonal; for gradients (from paints[0] to paints[1]) also radial.
     period: of stripes and dots; the side of a check or of a cell of noise. seed: the noise's.
     """
@@ -110,13 +110,13 @@ def is_held_out_combination(code: int, colour: str, place: str) -> bool:
 
 
 def held_out_combinations(scene: Scene) -> int:
-    """How many of the scene's glyphs stand in a held-out combination."""
+    """How many of the scene's glyphs are in a held-out combination."""
     colour = scene.background.colours[0]
     return sum(is_held_out_combination(glyph.code, colour, glyph.place) for glyph in scene.glyphs)
 
 
 def draw_scene(draws: Draws, pick: Callable[[Draws], Glyph]) -> Scene:
-    """A random scene: mostly one large glyph in the middle, on a plain or graded background."""
+    """A random scene: usually one large glyph in the middle, on a plain or gradient background."""
     count = draws.weighted(((1, 0.80), (2, 0.15), (3, 0.05)))
     glyphs = [pick(draws)]
     while len(glyphs) < count:
@@ -137,7 +137,7 @@ def draw_scene(draws: Draws, pick: Callable[[Draws], Glyph]) -> Scene:
 
 
 def draw_plain_scene(draws: Draws, glyph: Glyph) -> Scene:
-    """One large glyph in the middle of a plain background: what the glyph is shows best."""
+    """One large glyph in the middle of a plain background, easiest to recognise."""
     placed = _place(draws, glyph, "centre", draws.uniform(0.80, 0.94), _PLAIN)
     colour = _colour(draws, [glyph])
     ground = Background("plain", (colour,), (_jitter(draws, PALETTE[colour]),))
@@ -167,7 +167,7 @@ def _colour(draws: Draws, glyphs: Sequence[Glyph]) -> str:
 
 
 def _jitter(draws: Draws, paint: RGB) -> RGB:
-    # Mostly in brightness: a grey whose channels part looks pink or green, and is no grey.
+    # Mostly in brightness, because a grey with unequal channels looks pink or green.
     shift = draws.below(2 * BRIGHTNESS_JITTER + 1) - BRIGHTNESS_JITTER
     red, green, blue = (
         min(255, max(0, level + shift + draws.below(2 * CHANNEL_JITTER + 1) - CHANNEL_JITTER))
@@ -177,7 +177,7 @@ def _jitter(draws: Draws, paint: RGB) -> RGB:
 
 
 def _shade(paint: RGB, amount: float) -> RGB:
-    """`paint` moved by `amount` towards white, or towards black where it is light already."""
+    """`paint` moved by `amount` towards white, or towards black if it is already light."""
     goal = 0 if sum(paint) > 480 else 255
     red, green, blue = (round(level + amount * (goal - level)) for level in paint)
     return red, green, blue

@@ -1,4 +1,4 @@
-"""Sets of captioned pictures: WebDataset tars, a plain folder, parquet; one way to read them all.
+"""Sets of captioned pictures (WebDataset tars, a plain folder, parquet), with one way to read them all.
 
 source = open_source("shards/{00000..00099}.tar")
 for sample in iter_samples(source):     # Sample(key, image_bytes, caption, meta), or Bad(key, where, reason)
@@ -6,7 +6,7 @@ for sample in iter_samples(source):     # Sample(key, image_bytes, caption, meta
 
 Tars and parquet are streams: `source.shards` names the shards, and `source.read_shard(i, skip=n)` reads one
 from its n-th sample on. A folder is read by number: `source.count`, `source.read(i)`. Either way a sample has
-one fixed address, and what is bad is yielded in its place as a `Bad`, never raised.
+a fixed place, and a bad one is yielded there as a `Bad`, never raised.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qlip_core.data.tars import tar_samples
 from qlip_core.errors import DataError
 from qlip_core.images import SUFFIXES, find_images
 
-# Whoever reads on past a shard by chance has not read the same set; an empty one is counted as broken.
+# A missing shard is never skipped silently, since the rest would be another set; an empty one counts as broken.
 _WITHOUT_A_SHARD = "; restore it, or put an empty file in its place to go on without it"
 
 
@@ -40,8 +40,8 @@ class TarSource:
     ) -> Iterator[tuple[int, Sample | Bad]]:
         """(number in the shard, sample) from number `skip` on, of those with number % parts == part.
 
-        Raises DataError where the shard cannot be opened or a connection keeps breaking. A shard that is
-        read well but is not a whole tar ends with a Bad.
+        Raises DataError if the shard cannot be opened or its connection keeps breaking. A shard that can be
+        read but is not a complete tar ends with a Bad.
         """
         address = self.shards[shard]
         failures = 0
@@ -90,7 +90,7 @@ class FolderSource:
                 size = file.stat().st_size
                 if size > self.limits.text_bytes:
                     if suffix == ".json" and (".txt" in beside or not self.limits.caption):
-                        continue  # not needed: the annotations of something else, perhaps
+                        continue  # not needed; perhaps another program's annotations
                     return Bad(key, self.location, TOO_LARGE, f"{suffix} of {size} bytes")
                 beside[suffix] = file.read_bytes()
         except OSError as error:
@@ -111,8 +111,8 @@ AnySource = TarSource | FolderSource | ParquetSource
 def open_source(location: str, limits: Limits | None = None) -> AnySource:
     """The set at `location`: a folder, a path, a URL; {00..99} and * stand for many.
 
-    A folder is taken for tars if it holds any, else for parquet, else for images with captions. Raises
-    DataError where there is nothing, or nothing of the kind.
+    A folder is read as tars if it holds any, else as parquet, else as images with captions. Raises DataError
+    if there is nothing, or nothing of these kinds.
     """
     limits = limits or Limits()
     if not location:
@@ -122,22 +122,24 @@ def open_source(location: str, limits: Limits | None = None) -> AnySource:
     if folders:
         if len(addresses) > 1:
             raise DataError(f"{location}: stands for several folders; give each as its own source")
-        # As a wildcard may stand for it, the folder itself is what is read from.
+        # The folder's own name, since a wildcard may stand for it.
         return _open_folder(folders[0], local_path(folders[0]), limits)
-    for address in addresses:  # which would be read as a tar
+    for address in addresses:  # an image would be read as a tar
         if not scheme(address) and local_path(address).suffix.lower() in SUFFIXES:
             raise DataError(f"{address}: is an image: name the folder of the images")
     parquet = [a for a in addresses if a.split("?")[0].endswith(".parquet")]
     if parquet and len(parquet) < len(addresses):
         other = next(a for a in addresses if a not in parquet)
-        raise DataError(f"{location}: {parquet[0]} and {other} are of two kinds; name one kind")
+        raise DataError(
+            f"{location}: {parquet[0]} and {other} are of different kinds; name one kind"
+        )
     if parquet:
         return ParquetSource.open(location, addresses, limits)
     return TarSource(location, tuple(addresses), limits)
 
 
 def _open_folder(location: str, folder: Path, limits: Limits) -> AnySource:
-    # img2dataset leaves a parquet of metadata beside each tar, hence tars first.
+    # Tars first, because img2dataset writes a parquet file of metadata beside each tar.
     for pattern in ("*.tar", "*.tar.gz", "*.tgz"):
         if tars := sorted(map(str, folder.rglob(pattern))):
             return TarSource(location, tuple(tars), limits)

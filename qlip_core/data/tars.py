@@ -1,7 +1,7 @@
 """WebDataset tars as streams: members grouped into samples by key, nothing written, nothing unpacked.
 
-The format is read here and not through `tarfile`, which takes the memory that an extended header asks for,
-and cannot pass over members of a seekable file without reading them. Names are keys and never paths.
+The format is read here and not with `tarfile`, which allocates whatever an extended header claims and cannot
+skip members of a seekable file without reading them. Names are keys, never paths.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = 512
 _MAX_NAME = 2**16
 _CHUNK = 2**18
 _FOREIGN = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# Types that may state a size and yet have no data behind them.
+# Types that may state a size although no data follows.
 _WITHOUT_DATA = frozenset(
     {
         tarfile.LNKTYPE,
@@ -44,12 +44,12 @@ _WITHOUT_DATA = frozenset(
 
 
 class ArchiveError(Exception):
-    """The archive's bytes are not a tar, or end too soon. What came before is good."""
+    """The archive's bytes are not a tar, or end too soon. Members before that are good."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """A regular file in a tar: read it before the next member is asked for, or not at all."""
+    """A regular file in a tar. It can be read only until the next member is requested."""
 
     name: str
     size: int
@@ -60,11 +60,11 @@ class Member:
 
 
 class _Reader:
-    """Reads exactly, and passes over what is not wanted, by seeking where that is possible."""
+    """Reads exact sizes, and skips data, by seeking if possible."""
 
     def __init__(self, stream: ByteStream):
         self._stream = stream
-        # A local file; elsewhere seeking costs more than it saves, or is not there.
+        # Local files only; elsewhere seeking costs more than it saves or is impossible.
         self._seekable = isinstance(stream, io.BufferedReader) and stream.seekable()
         self.position = 0
 
@@ -75,7 +75,7 @@ class _Reader:
         return data
 
     def _up_to(self, size: int) -> bytes:
-        # In pieces: memory grows with what arrives, not with what a header claims.
+        # In pieces, so that memory grows with the data received, not with what a header claims.
         pieces, left = [], size
         while left:
             piece = self._stream.read(min(left, _CHUNK))
@@ -95,7 +95,7 @@ class _Reader:
 
     def skip(self, size: int) -> None:
         if self._seekable and size > _CHUNK:
-            # The last byte is read, so that a file cut short is noticed.
+            # Read the last byte, to notice a file that was cut short.
             self._stream.seek(size - 1, io.SEEK_CUR)  # type: ignore[attr-defined]
             self.position += size - 1
             self.exactly(1)
@@ -107,9 +107,9 @@ class _Reader:
 
 
 def members(stream: ByteStream) -> Iterator[Member]:
-    """The regular files of a tar, gzipped or plain. Links, devices and folders are passed over.
+    """The regular files of a tar, gzipped or plain. Links, devices and folders are skipped.
 
-    Raises ArchiveError where the bytes stop being a tar; what the stream itself raises goes through.
+    Raises ArchiveError where the bytes stop being a tar; the stream's own errors pass through.
     """
     head = stream.read(_BLOCK)
     for magic, name in _FOREIGN.items():
@@ -126,7 +126,7 @@ def members(stream: ByteStream) -> Iterator[Member]:
 
 
 def _rejoined(head: bytes, stream: ByteStream) -> ByteStream:
-    """The stream again from before `head`."""
+    """The stream with `head` put back in front."""
     if isinstance(stream, io.BufferedReader) and stream.seekable():
         stream.seek(-len(head), io.SEEK_CUR)
         return stream
@@ -134,7 +134,7 @@ def _rejoined(head: bytes, stream: ByteStream) -> ByteStream:
 
 
 class _Rejoined:
-    """A stream whose first bytes were read already."""
+    """A stream whose first bytes have already been read."""
 
     def __init__(self, head: bytes, stream: ByteStream):
         self._head, self._stream = head, stream
@@ -154,7 +154,7 @@ def _members(reader: _Reader) -> Iterator[Member]:
     while True:
         block = reader.block()
         if not block:
-            # Some writers leave out the two empty blocks at the end.
+            # Some writers omit the two empty blocks at the end.
             if reader.position == 0:
                 raise ArchiveError("is empty")
             return
@@ -225,8 +225,8 @@ def tar_samples(
 ) -> Iterator[tuple[int, Sample | Bad]]:
     """(number, sample) for the archive's samples from `skip` on whose number % parts == part.
 
-    A sample is consecutive members of one key: an image, `txt`, `json`, `cls` (a label). The others' bytes are not kept.
-    A broken archive ends with one more Bad. Numbers depend on the names alone, not on what was read.
+    A sample is consecutive members with one key: an image, `txt`, `json`, `cls` (a label). Other members are not
+    kept. A broken archive ends with one more Bad. Numbers depend only on the names, not on the contents.
     """
     number, key = -1, None
     found: dict[str, bytes] = {}
@@ -258,7 +258,7 @@ def tar_samples(
             named = split_name(member.name.removeprefix("./"))
             if named is None or member.name.startswith("__"):
                 continue
-            # A suffix that comes again is another sample that bears the same key.
+            # A repeated suffix starts another sample with the same key.
             if named[0] != key or named[1] in seen:
                 if key is not None and wanted():
                     yield number, finish()
@@ -282,7 +282,7 @@ def tar_samples(
 
 
 def write_tar(path: str | Path, samples: Iterable[tuple[str, dict[str, bytes]]]) -> int:
-    """Write samples (key, {suffix: bytes}) as a tar whose bytes depend on them alone; returns their number.
+    """Write samples (key, {suffix: bytes}) as a tar whose bytes depend only on them; returns their number.
 
     The file appears whole or not at all.
     """

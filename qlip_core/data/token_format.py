@@ -1,10 +1,10 @@
 """The token shard: tokens, captions, keys and labels of one input shard in one safetensors file.
 
 Tensors: `bits` uint8 [n, ceil(N*L/8)], packed as in a `.qlip` file; with augmentation "flip" also
-`bits_flipped`, of the mirrored pictures; `captions` and `keys`, UTF-8 one after the other, uint8 [bytes],
-with `caption_offsets` and `key_offsets` int64 [n+1]: text i lies from offset i to offset i+1; where the
-input has them, `labels` and `label_offsets` likewise.
-The metadata says what made them; docs/formats.md lists it.
+`bits_flipped`, of the mirrored pictures; `captions` and `keys`, concatenated UTF-8, uint8 [bytes], with
+`caption_offsets` and `key_offsets` int64 [n+1] (text i is from offset i to offset i+1); if the input has
+labels, `labels` and `label_offsets` likewise.
+The metadata says how they were made; docs/formats.md lists it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "qlip-token-shard", "1"
 SUFFIX = ".safetensors"
 AUGMENTATIONS = ("none", "flip")
-# Bad samples named in a header, and characters of each: all are counted.
+# Bad samples named in a header, and characters for each; all of them are counted.
 MAX_NAMED, MAX_NAME = 1000, 300
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the tokens of an image depend on: the same in every shard of a set."""
+    """Everything that an image's tokens depend on; the same in every shard of a set."""
 
     model: str
     """Fingerprint of the tokenizer."""
     length: int
-    """L, bits a patch."""
+    """L, bits per patch."""
     grid: tuple[int, int]
     """Rows and columns of patches; N is their product."""
     dtype: str
-    """What the encoder computed in: lower precision changes bits."""
+    """The encoder's precision; a lower one changes bits."""
     preprocessing: str
     """JSON, as in `preprocessor_config.json`."""
     augmentation: str
@@ -84,7 +84,7 @@ class Settings:
         return self.augmentation == "flip"
 
     def differences(self, other: Settings) -> str:
-        """ "dtype is bfloat16 and not float32, …" of other's values and these; "" where they agree."""
+        """ "dtype is bfloat16 and not float32, …", `other`'s values first; "" if they agree."""
         return ", ".join(
             f"{f.name} is {getattr(other, f.name)} and not {getattr(self, f.name)}"
             for f in fields(self)
@@ -99,11 +99,11 @@ class Origin:
     source: str
     """The set, as it was named."""
     shard: str
-    """The input shard's address, absolute where it is local."""
+    """The input shard's address, absolute if local."""
     shard_bytes: int | None
-    """Its size, where it is a local file."""
+    """Its size, if it is a local file."""
     number: int
-    """Its place among the set's shards, from 0."""
+    """Its number among the set's shards, from 0."""
     of: int
     """How many shards the set has."""
 
@@ -124,12 +124,12 @@ class Header:
     count: int
     """n, images."""
     size: int
-    """Of the file, in bytes."""
+    """The file's size in bytes."""
     entries: dict[str, TensorEntry] = field(repr=False)
 
 
 class ShardWriter:
-    """Gathers one shard in memory - of each image its packed bits, caption, key, label - and writes it."""
+    """Collects one shard in memory (each image's packed bits, caption, key and label) and writes it."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -156,7 +156,7 @@ class ShardWriter:
         self._labels.extend(labels)
 
     def write(self, path: Path, origin: Origin, backend: str, skipped: dict[str, Any]) -> None:
-        """Whole or not at all. The bytes depend on what was added and on these arguments alone."""
+        """Write it whole or not at all. The bytes depend only on what was added and on these arguments."""
         settings = self._settings
         empty = np.empty((0, settings.row_bytes), np.uint8)
         tensors = {"bits": np.concatenate([*self._bits, empty])}
@@ -186,13 +186,13 @@ class ShardWriter:
             "backend": backend,
             "qlip": qlip_core.__version__,
         }
-        # File names need not be Unicode, and readers of safetensors need.
+        # File names need not be valid Unicode, but readers of safetensors require it.
         clean = {k: v.encode("utf-8", "backslashreplace").decode() for k, v in metadata.items()}
         write_tensors(path, tensors, metadata=clean)
 
 
 class _Texts:
-    """Strings as bytes one after the other, and where each begins."""
+    """Strings as concatenated bytes, and where each begins."""
 
     def __init__(self) -> None:
         self._blob, self._offsets = bytearray(), array("q", [0])
@@ -208,7 +208,7 @@ class _Texts:
 
 
 def encode_text(text: str) -> bytes:
-    """UTF-8; a name that is not Unicode keeps its bytes."""
+    """UTF-8; a name that is not valid Unicode keeps its bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 

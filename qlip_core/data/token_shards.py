@@ -3,9 +3,9 @@
 shards = TokenShards("tokens/", fingerprint=model.fingerprint)
 shards.tokens(slice(0, 8)), shards.captions(slice(0, 8))
 for batch in shards.batches(256, seed=0, start=step, rank=rank, world_size=world_size):
-    ...    # TokenBatch, without end; batch `step` of a rank is the same whenever it is asked for
+    ...    # TokenBatch, endlessly; batch `step` of a rank is always the same
 
-Files are mapped, so memory holds no more than the system caches. Remote sets are copied first.
+Files are memory-mapped, so memory holds no more than the system caches. Copy remote sets first.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ from qlip_core.tensorfile import DTYPES
 from qlip_core.tokens import VisualTokens
 
 Rows = int | slice | Sequence[int] | np.ndarray
-# Files mapped at a time: each takes a file descriptor, of which a process on a Mac has 256.
+# Files mapped at a time; each takes a file descriptor, and a process on a Mac has 256.
 MAX_MAPPED = 128
-_DIGESTED = 4096  # values of each tensor: all would be hours of reading for a large set
+_DIGESTED = 4096  # values of each tensor; reading all would take hours for a large set
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Images of a set: their tokens (named by their keys) and captions, one a row."""
+    """Images of a set, one per row: their tokens (named by their keys) and captions."""
 
     tokens: VisualTokens
     captions: tuple[str, ...]
     indices: np.ndarray
     """int64 [B]: their numbers in the set."""
     flipped: np.ndarray
-    """bool [B]: whose tokens are those of the mirror image."""
+    """bool [B]: which tokens are those of the mirror image."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -62,8 +62,8 @@ class TokenBatch:
 class TokenShards:
     """All token shards of a folder, a file or a pattern as one set of images, in the input's order.
 
-    Raises TokenFileError for shards of another tokenizer than `fingerprint`, for shards that were made with
-    different settings or from different sets, and, unless `partial`, where some are missing.
+    Raises TokenFileError for shards of a tokenizer other than `fingerprint`, for shards made with different
+    settings or from different sets, and, unless `partial`, if some are missing.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class TokenShards:
         self._check_same(fingerprint)
         self._check_complete(partial)
         self.settings: Settings = self.headers[0].settings
-        # Number of the first image of each shard, and of all.
+        # Number of each shard's first image, and the total.
         self._starts = np.cumsum([0, *(header.count for header in self.headers)], dtype=np.int64)
         self._map = self._mapper()
 
@@ -121,8 +121,8 @@ class TokenShards:
         return int(self._starts[-1])
 
     def digest(self) -> str:
-        """SHA-256 of what tells this set from another: every shard's settings, origin and sizes, and the first
-        values of its tensors. Where the set lies, and how its source was named, do not count."""
+        """SHA-256 that identifies this set: of every shard's settings, origin and sizes, and the first values of
+        its tensors, but not of the set's location or the name of its source."""
         digest = hashlib.sha256()
         for shard, header in enumerate(self.headers):
             names = sorted(header.entries)
@@ -189,7 +189,7 @@ class TokenShards:
         world_size: int = 1,
         flip: float = 0.5,
     ) -> Iterator[TokenBatch]:
-        """`batch(step, …)` for step = start, start + 1, … without end."""
+        """`batch(step, …)` for step = start, start + 1, …, endlessly."""
         step = start
         while True:
             yield self.batch(
@@ -207,11 +207,11 @@ class TokenShards:
         world_size: int = 1,
         flip: float = 0.5,
     ) -> TokenBatch:
-        """What `rank` of `world_size` trains on at `step`, `batch_size` images: a matter of arithmetic.
+        """The `batch_size` images that `rank` of `world_size` trains on at `step`, computed without stored state.
 
-        All ranks' batches, step by step and rank by rank, make one endless row in which every
-        `len(self)` places hold each image once, shuffled anew by (seed, epoch). Where the set has mirror
-        images, one is taken with chance `flip`, drawn for each place. Raises TokenFileError for an empty set.
+        All ranks' batches, step by step and rank by rank, make one endless sequence in which every
+        `len(self)` places hold each image once, in an order drawn from (seed, epoch). If the set has mirror
+        images, each place takes one with probability `flip`. Raises TokenFileError for an empty set.
         """
         if not 0 <= rank < world_size:
             raise ValueError(f"rank (={rank}) must be from 0 to world_size - 1 (={world_size - 1})")
@@ -297,7 +297,7 @@ class TokenShards:
         return lru_cache(MAX_MAPPED)(lambda shard: _mapped(self.paths[shard], self.headers[shard]))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the maps, which each process makes its own of."""
+        """Without the memory maps; each process makes its own."""
         return {name: value for name, value in self.__dict__.items() if name != "_map"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -308,7 +308,7 @@ class TokenShards:
 def shard_files(location: str) -> list[Path]:
     """The token shards that `location` stands for: a folder's, one file, or {…} and * for many.
 
-    Raises TokenFileError where there are none.
+    Raises TokenFileError if there are none.
     """
     try:
         addresses = expand(location)
@@ -318,7 +318,7 @@ def shard_files(location: str) -> list[Path]:
     for address in addresses:
         if scheme(address):
             raise TokenFileError(
-                f"{address}: token shards are read by mapping: copy them here first"
+                f"{address}: token shards are memory-mapped: copy them to this machine first"
             )
         path = local_path(address)
         paths += sorted(visible_shards(path)) if path.is_dir() else [path]
@@ -337,7 +337,7 @@ def is_token_set(location: str) -> bool:
 
 
 def visible_shards(folder: Path) -> list[Path]:
-    """Files of a folder that are named as token shards; a hidden one is being written."""
+    """Files of a folder with token shards' suffix, except hidden ones, which are still being written."""
     return [path for path in folder.glob(f"*{SUFFIX}") if not path.name.startswith(".")]
 
 
@@ -346,7 +346,7 @@ def _mapped(path: Path, header: Header) -> mmap.mmap:
         with path.open("rb") as file:
             whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:
-        raise TokenFileError(f"{path}: cannot be read any more ({error})") from None
+        raise TokenFileError(f"{path}: can no longer be read ({error})") from None
     if len(whole) != header.size:
         raise TokenFileError(
             f"{path}: has {len(whole)} bytes and had {header.size} when the set was opened: "

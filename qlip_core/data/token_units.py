@@ -1,4 +1,4 @@
-"""A set cut into the pieces of which each becomes one token shard: a tar, a parquet file, or a run of images."""
+"""A set split into units that each become one token shard: a tar, a parquet file, or a run of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qlip_core.data.shards import AnySource, FolderSource
 from qlip_core.data.token_format import Origin
 from qlip_core.errors import DataError
 
-# Images of a folder that make a token shard, as img2dataset puts into a tar.
+# Images of a folder per token shard; img2dataset puts as many into a tar.
 SHARD_SIZE = 10_000
 # What may follow a shard's name in an address: a query, or the rest of a `pipe:` command.
 _SUFFIX = re.compile(r"\.(tar\.gz|tar|tgz|parquet)(?![A-Za-z0-9]).*\Z", re.DOTALL)
@@ -27,13 +27,13 @@ class Unit:
     """An input shard. `parts` are what the source numbers: tars, row groups, or images of a folder."""
 
     name: str
-    """Of its token shard, without the suffix."""
+    """The token shard's name without its suffix."""
     parts: range
     origin: Origin
 
 
 def units_of(source: AnySource, shard_size: int = SHARD_SIZE) -> list[Unit]:
-    """All units of a set, in its order. Raises DataError where two would bear the same name."""
+    """All units of a set, in order. Raises DataError if two would have the same name."""
     if shard_size < 1:
         raise DataError(f"--shard-size {shard_size}: must be at least 1")
     if isinstance(source, FolderSource):
@@ -56,7 +56,7 @@ def units_of(source: AnySource, shard_size: int = SHARD_SIZE) -> list[Unit]:
 
 
 def unit_samples(source: AnySource, unit: Unit) -> Iterator[Sample | Bad]:
-    """The unit's samples in order. Raises DataError where it cannot be opened."""
+    """The unit's samples in order. Raises DataError if it cannot be opened."""
     for part in unit.parts:
         if isinstance(source, FolderSource):
             yield source.read(part)
@@ -71,7 +71,7 @@ def _runs(source: FolderSource, shard_size: int) -> list[Unit]:
     units = []
     for number, start in enumerate(starts):
         stop = min(source.count, start + shard_size)
-        # The names of its ends tell a folder to which images were added since.
+        # The first and last name show whether images have since been added to the folder.
         ends = f"{source.names[start]} to {source.names[stop - 1]}"
         shard = f"{folder}, images {start} to {stop - 1} of {source.count}: {ends}"
         origin = Origin(source.location, shard, None, number, len(starts))
@@ -80,7 +80,7 @@ def _runs(source: FolderSource, shard_size: int) -> list[Unit]:
 
 
 def shard_names(addresses: list[str]) -> list[str]:
-    """A file name for each address: its stem, or, where two have the same, its path below what all share."""
+    """A file name for each address: its stem, or, if two are equal, its path below the common folder."""
     paths = [PurePosixPath(_SUFFIX.sub("", address)) for address in addresses]
     names = [_safe(path.name) for path in paths]
     if _distinct(names):
@@ -98,7 +98,7 @@ def shard_names(addresses: list[str]) -> list[str]:
 
 
 def _distinct(names: list[str]) -> bool:
-    return len({name.lower() for name in names}) == len(names)  # one name on a Mac
+    return len({name.lower() for name in names}) == len(names)  # a Mac ignores case
 
 
 def _safe(name: str) -> str:

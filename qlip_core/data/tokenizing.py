@@ -1,9 +1,9 @@
 """Bulk tokenization: a set of captioned pictures to token shards, one for each shard of the set.
 
 Any number of processes share a set: process `rank` makes every world_size-th shard. A shard is written
-whole when its last sample is done, and one that is there already is left as it is, so the same command
-run again after a kill goes on where it was. Batches never straddle shards and depend on nothing but the
-shard, so neither a restart nor the number of processes changes a byte.
+whole when its last sample is done, and existing ones are left as they are, so after a kill the same command
+continues where it stopped. Batches never span shards and depend only on the shard, so neither a restart nor
+the number of processes changes a byte.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ _READY = 2  # batches of pixels that wait for the model
 
 @dataclass
 class Report:
-    """What one process did, and what is in the shards that are its own."""
+    """What one process did, and what its shards contain."""
 
     settings: Settings
     shards: int
-    """Of the whole set."""
+    """Shards of the whole set."""
     mine: int
     """Shards of this process."""
     made: int = 0
-    """Shards written now; the others were there already."""
+    """Shards written now; the others already existed."""
     images: int = 0
-    """In all of this process's shards."""
+    """Images in all of this process's shards."""
     encoded: int = 0
     """Images among them that were tokenized now."""
     skipped: Tally = field(default_factory=lambda: Tally(keep=MAX_NAMED))
     """Bad samples of all of this process's shards."""
     failed: list[str] = field(default_factory=list)
-    """Shards that could not be read at all, and so are not there, and why."""
+    """Shards that could not be read and so were not made, and why."""
 
 
 def tokenize(
@@ -76,7 +76,7 @@ def tokenize(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Tokenize the shards of `source` that are `rank`'s into the folder `out`, which is made if absent.
+    """Tokenize `rank`'s shards of `source` into the folder `out`, which is created if needed.
 
     `shard_size` is images a shard where `source` is a folder; `workers` threads decode; `force` makes
     shards anew that are there; `progress` is called with the number of images done since the last call. A bad
@@ -123,7 +123,7 @@ def tokenize(
 
 
 def _encode(model: Model, pixels: np.ndarray, flips: bool) -> tuple[np.ndarray, np.ndarray | None]:
-    """Packed bits uint8 [b, row_bytes] of pixels and, if asked for, of their mirror images."""
+    """Packed bits uint8 [b, row_bytes] of pixels and, with `flips`, of their mirror images."""
     packed = bsq.pack(model.network.encode(pixels))
     if not flips:
         return packed, None
@@ -138,7 +138,7 @@ def shard_path(out: Path, unit: Unit) -> Path:
 
 
 def _check_strangers(out: Path, units: list[Unit]) -> None:
-    """A shard that is none of this set's would be read with it."""
+    """Raises TokenFileError for shards of another set, which would be read along with this one's."""
     names = {f"{unit.name}{SUFFIX}" for unit in units}
     for path in sorted(visible_shards(out)) if out.is_dir() else []:
         if path.name not in names:
@@ -148,7 +148,7 @@ def _check_strangers(out: Path, units: list[Unit]) -> None:
 
 
 def _remove_leftovers(out: Path, mine: list[Unit]) -> None:
-    """What a kill left half-written. Only of this process's shards: others may be at work."""
+    """Remove half-written files of a killed run; only for this process's shards, since others may be running."""
     names = {shard_path(out, unit).name for unit in mine}
     for path in out.glob(f".*{SUFFIX}.*.tmp") if out.is_dir() else []:
         if path.name[1:].rsplit(".", 2)[0] in names:
@@ -156,7 +156,7 @@ def _remove_leftovers(out: Path, mine: list[Unit]) -> None:
 
 
 def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
-    """Whether the unit's shard is there. Raises TokenFileError if it is there and another."""
+    """Whether the unit's shard exists. Raises TokenFileError if it is not the expected one."""
     path = shard_path(out, unit)
     if not path.exists():
         return False
@@ -172,15 +172,15 @@ def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
         return False
     if differences := settings.differences(header.settings):
         raise TokenFileError(
-            f"{path}: is there already, and its {differences}: name another folder with -o, or make "
-            "it anew with --force"
+            f"{path}: already exists, and its {differences}: name another folder with -o, or replace "
+            "it with --force"
         )
     if not header.origin.same_input(unit.origin):
         was = header.origin
         raise TokenFileError(
-            f"{path}: is there already, made from {was.shard} (shard {was.number} of {was.of}, "
+            f"{path}: already exists, made from {was.shard} (shard {was.number} of {was.of}, "
             f"{was.shard_bytes} bytes), which is not what is to be tokenized now: name another "
-            "folder with -o, or make it anew with --force"
+            "folder with -o, or replace it with --force"
         )
     _include(report, path)
     return True
@@ -207,8 +207,8 @@ def _write(writer: ShardWriter, out: Path, unit: Unit, model: Model, tally: Tall
         writer.write(path, unit.origin, model.backend, tally.to_dict())
     except OSError as error:
         raise DataError(
-            f"{path}: cannot be written ({error.strerror}): mend that and run the same command again, "
-            "which goes on from here"
+            f"{path}: cannot be written ({error.strerror}): fix that and run the same command again, "
+            "which continues from here"
         ) from None
 
 
@@ -227,7 +227,7 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Done:
-    """A shard's last sample has come; `failure` says why it broke off, if it did."""
+    """The end of a shard; `failure` says why it ended early, if it did."""
 
     unit: Unit
     failure: str = ""
@@ -235,7 +235,7 @@ class _Done:
 
 @dataclass(frozen=True)
 class _Decoding:
-    """A sample whose pixels are on their way."""
+    """A sample whose pixels are being decoded."""
 
     sample: Sample
     pixels: Future[np.ndarray]
@@ -244,7 +244,7 @@ class _Decoding:
 def _prepared(
     source: AnySource, units: list[Unit], model: Model, batch_size: int, workers: int
 ) -> Generator[_Batch | Bad | _Done, None, None]:
-    """All units in turn: batches, bad samples among them, and an end for each unit."""
+    """All units in turn: batches interleaved with bad samples, then an end for each unit."""
     pixels: list[np.ndarray] = []
     captions: list[str] = []
     keys: list[str] = []
@@ -275,7 +275,7 @@ def _prepared(
 def _decoded(
     source: AnySource, units: list[Unit], model: Model, ahead: int, workers: int
 ) -> Generator[_Decoding | Bad | _Done, None, None]:
-    """Samples in order, up to `ahead` of them being decoded by threads, also of the next unit."""
+    """Samples in order; threads decode up to `ahead` of them in advance, including the next unit's."""
     executor = ThreadPoolExecutor(workers, thread_name_prefix="images")
     waiting: deque[_Decoding | Bad | _Done] = deque()
     try:

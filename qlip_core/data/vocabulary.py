@@ -83,9 +83,8 @@ def _learn(
         min_frequency=2,
         show_progress=False,
         end_of_word_suffix=END_OF_WORD,
-        # The trainer numbers the marked bytes as it meets them, in the order of a hash map that differs
-        # from run to run, and breaks ties between pairs by these numbers. Named beforehand, their order
-        # is fixed.
+        # The trainer would number the marked bytes in the order of a hash map, which differs from run to run,
+        # and break ties between pairs by these numbers. Listing them beforehand fixes their order.
         special_tokens=alphabet,
     )
     learner.train_from_iterator(texts, trainer)

@@ -1,7 +1,7 @@
-"""The judges of whether a picture fits its prompt: two towers whose embeddings are compared.
+"""CLIPScore: how well a picture fits its prompt, by the embeddings of an image and a text tower.
 
 CLIPScore here is the mean over pictures of max(cosine, 0): the plain cosine usually reported for
-generators (QLIP's 0.316), not the 2.5-fold one of CLIPScore's own paper (arXiv 2104.08718), and
+generators (QLIP's 0.316), not 2.5 times it as in CLIPScore's own paper (arXiv 2104.08718), and
 prompts are embedded as they are, without "A photo depicts".
 """
 
@@ -44,7 +44,7 @@ class Towers(Protocol):
 
 
 class QlipTowers:
-    """The image and text towers of a QLIP, which need not be the one that draws."""
+    """The image and text towers of a QLIP, not necessarily the one that draws."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -68,11 +68,11 @@ def clip_scores(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def is_plain_clip(source: str | Path) -> bool:
-    """Whether a folder or hub id is a CLIP in Hugging Face's layout that is no QLIP: it has no decoder.
+    """Whether a folder or hub id is a CLIP in Hugging Face's layout and not a QLIP: it has no decoder.
 
-    Raises CheckpointError for what is not there.
+    Raises CheckpointError if it does not exist.
     """
     found = find_model(source)
-    # Of a config that cannot be read, opening it as a QLIP says what is wrong.
+    # If a config cannot be read, opening it as a QLIP reports what is wrong.
     values = peek_json((found if found.is_dir() else found.parent) / "config.json")
     return values.get("model_type") == "clip" and "decoder_config" not in values

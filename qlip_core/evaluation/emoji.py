@@ -1,4 +1,4 @@
-"""The emoji set's evaluations. Seen and unseen names never share a set, and only unseen ones are zero-shot.
+"""The emoji set's evaluations. No set mixes seen and unseen names, and only unseen ones are zero-shot.
 
 "Seen" names occurred in training captions; their pictures here are new renderings. "Unseen" names and
 glyphs were kept out of training altogether.
@@ -40,8 +40,8 @@ COMBINATION_PROMPTS_TITLE = "prompts of combinations never trained: seen names o
 class EmojiExamples:
     """`count` samples of an `EmojiSet`, rendered as they are read.
 
-    wording: "caption" (the sample's own), or "full" (every glyph, place and background, no two samples
-    alike: those that repeat an earlier caption are left out).
+    wording: "caption" (the sample's own), or "full" (every glyph, place and background; samples that
+    repeat an earlier caption are left out).
     """
 
     title: str
@@ -91,7 +91,7 @@ def reconstruction_examples(size: int, count: int = HELD_OUT) -> EmojiExamples:
 
 
 def seen_class_examples(size: int, count: int = HELD_OUT) -> EmojiExamples:
-    """Plain renderings, held out, of `CLASS_NAMES_100`, which take turns. Not zero-shot."""
+    """Held-out plain renderings of `CLASS_NAMES_100`, each in turn. Not zero-shot."""
     return EmojiExamples(
         SEEN_NAMES_TITLE, size, count, "held-out", plain=True, names=CLASS_NAMES_100
     )
@@ -100,26 +100,26 @@ def seen_class_examples(size: int, count: int = HELD_OUT) -> EmojiExamples:
 def unseen_class_examples(
     size: int, count: int = HELD_OUT, title: str = UNSEEN_NAMES_TITLE
 ) -> EmojiExamples:
-    """Plain renderings of the first 100 of `UNSEEN_NAMES`, which take turns: zero-shot."""
+    """Plain renderings of the first 100 of `UNSEEN_NAMES`, each in turn: zero-shot."""
     return EmojiExamples(title, size, count, "unseen", plain=True, names=UNSEEN_CLASS_NAMES)
 
 
 def unseen_descriptions() -> dict[str, str]:
     """For each unseen name what its glyph looks like: "a black and white striped wild animal with …".
 
-    Classification by these is zero-shot too, of pictures and names that training never saw, by words that
-    it met elsewhere; the descriptions were written with the pictures at hand.
+    Classification by these is zero-shot too: training never saw the pictures or names, only the words in
+    other captions. The descriptions were written with the pictures at hand.
     """
     return {name: glyph_by_name()[name].description for name in UNSEEN_CLASS_NAMES}
 
 
 def seen_caption_examples(size: int, count: int = CAPTIONS) -> EmojiExamples:
-    """Held-out scenes of seen glyphs with their whole captions, all different."""
+    """Held-out scenes of seen glyphs with full captions, all different."""
     return EmojiExamples(SEEN_CAPTIONS_TITLE, size, count, "held-out", wording="full")
 
 
 def unseen_caption_examples(size: int, count: int = CAPTIONS) -> EmojiExamples:
-    """Scenes of unseen glyphs with their whole captions, all different: zero-shot."""
+    """Scenes of unseen glyphs with full captions, all different: zero-shot."""
     return EmojiExamples(UNSEEN_CAPTIONS_TITLE, size, count, "unseen", wording="full")
 
 
@@ -138,15 +138,15 @@ def probe_examples(size: int, count: int = HELD_OUT) -> tuple[EmojiExamples, Emo
 
 # -- prompts -----------------------------------------------------------------------------------
 
-# Where training mostly shows one glyph alone, and so where one is drawn that no place is named for.
+# Where training usually shows a single glyph, and so where one is drawn if its prompt names no place.
 _PLACE = "centre"
 
 
 def seen_prompts() -> PromptSet:
     """One prompt for each of `CLASS_NAMES_100`, with a random colour: "a red apple on a blue background".
 
-    Training could show each glyph in the middle of its background, and may have had the same captions:
-    renderings and combinations are held out of it, captions are not.
+    Training could show each glyph in the middle of this background, and may have used the same captions:
+    renderings and combinations are held out, captions are not.
     """
     return _on_colours(SEEN_PROMPTS_TITLE, held_out=False)
 
@@ -158,10 +158,10 @@ def seen_name_prompts() -> PromptSet:
 
 
 def combination_prompts() -> PromptSet:
-    """As `seen_prompts`, each on a background in whose middle training never showed the glyph.
+    """Like `seen_prompts`, but on backgrounds in whose middle training never showed the glyph.
 
     Ten of `CLASS_NAMES_100` have no such background and are left out; they stay among the names to
-    choose from. Training may have said the words, of a glyph elsewhere in its picture.
+    choose from. Training may have used the words for a glyph elsewhere in the picture.
     """
     return _on_colours(COMBINATION_PROMPTS_TITLE, held_out=True)
 

@@ -18,13 +18,13 @@ from qlip_core.files import read_lines
 from qlip_core.images import ImageLike
 from qlip_core.model import Model
 
-# Batches whose images are decoded ahead together: bounds memory, and keeps the decoding threads busy.
+# Batches of images decoded ahead together: enough to keep the threads busy, in bounded memory.
 _AHEAD = 8
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, its caption and its class (empty where there is none)."""
+    """A picture, its caption and its class (empty if there is none)."""
 
     key: str
     image: ImageLike = field(repr=False)
@@ -38,7 +38,7 @@ class Examples(Protocol):
 
     @property
     def name(self) -> str:
-        """What results call it."""
+        """The set's name in results."""
         ...
 
     def __iter__(self) -> Iterator[Example | Bad]: ...
@@ -141,7 +141,7 @@ def read_classes(path: str | Path) -> dict[str, str]:
 def batches(
     model: Model, examples: Iterable[Example | Bad], batch_size: int, broken: Tally
 ) -> Iterator[tuple[list[Example], np.ndarray]]:
-    """Yield (examples, pixels float32 [b, 3, S, S]); what cannot be read goes to `broken`.
+    """Yield (examples, pixels float32 [b, 3, S, S]); unreadable ones go to `broken`.
 
     At most eight batches of encoded images are in memory.
     """
@@ -167,7 +167,7 @@ def _good(examples: Iterable[Example | Bad], broken: Tally) -> Iterator[Example]
 
 
 def check_some(count: int, examples: Examples, broken: Tally) -> None:
-    """Raises DataError where nothing could be measured."""
+    """Raises DataError if nothing could be measured."""
     if count:
         return
     why = f"; first of {broken.total} broken: {broken.named[0]}" if broken.total else ""

@@ -23,7 +23,7 @@ class FeatureStatistics:
             raise QlipError("features have NaN or infinite values")
         features = features.astype(np.float64)
         if self._shift is None:
-            # Sums of squares around a value near the mean lose no digits.
+            # Sums of squares around a value near the mean do not lose digits to cancellation.
             self._shift = features.mean(0)
             width = features.shape[1]
             self._sum, self._products = np.zeros(width), np.zeros((width, width))
@@ -52,8 +52,8 @@ class Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)).
 
-    The trace of the root is that of (R C_b R)^(1/2), R = C_a^(1/2), which is symmetric: two
-    eigen-decompositions, and no root of a matrix that rounding made complex.
+    The trace of the root equals that of (R C_b R)^(1/2), R = C_a^(1/2), which is symmetric. That takes
+    two eigendecompositions and avoids a matrix root that rounding makes complex.
     """
     root = _root(a.covariance)
     inner = root @ b.covariance @ root

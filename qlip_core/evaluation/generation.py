@@ -34,7 +34,7 @@ _COLUMNS = 10  # of a sheet
 
 @dataclass(frozen=True, eq=False)
 class RealPictures:
-    """What gFID compares drawn pictures with: the features of real ones, and the network they are of."""
+    """What gFID compares drawn pictures with: the features of real ones, and the network that gave them."""
 
     name: str
     inception: Features
@@ -59,7 +59,7 @@ def real_pictures(
 ) -> RealPictures:
     """The features of a set, at the size of the pictures that `model` draws.
 
-    Raises DataError where fewer than 2 pictures can be read.
+    Raises DataError if fewer than 2 pictures can be read.
     """
     broken, reference, statistics = Tally(), ReferenceHash(), FeatureStatistics()
     for chunk, pixels in batches(model, examples, batch_size, broken):
@@ -98,11 +98,11 @@ def evaluate_generation(
     """Draw n pictures of each prompt and measure them.
 
     CLIPScore is the mean over pictures of max(cosine with the prompt, 0), by `towers` (None: the model's
-    own, which flatter it). Prompt accuracy is the share of pictures of which the model's own classifier by
-    text finds the thing that the prompt names among `prompts.classes` (top-1), or finds it among the five
-    nearest (top-5); ties count against it, and a class' text is its mean over `templates`. gFID is the
-    Fréchet distance of the drawn pictures' features to those of `real`. What cannot be measured is None,
-    and the result's "left_out" says why.
+    own, which flatter it). Prompt accuracy is the share of pictures for which the model's own zero-shot
+    classifier picks the thing that the prompt names from `prompts.classes` (top-1), or has it among the five
+    nearest (top-5); ties count against it, and a class's text embedding is the mean over `templates`. gFID
+    is the Fréchet distance of the drawn pictures' features to those of `real`. What cannot be measured is
+    None, and the result's "left_out" says why.
 
     `sampling` None is the generator's own. The first `shown` pictures make the result's `grid`. Raises
     GenerationError for a model without a generator or a setting out of range, DataError for weights
@@ -148,7 +148,7 @@ def evaluate_generation(
 
 
 class _Measured:
-    """Collects the scores of pictures, which are added in the order of the prompts, n of each."""
+    """Collects the scores of pictures, added in the order of the prompts, n for each."""
 
     def __init__(
         self,
@@ -203,7 +203,7 @@ class _Measured:
         return out
 
     def metrics(self) -> dict[str, str]:
-        """What measured each of the scores that there are."""
+        """What measured each available score."""
         out = {"CLIPScore": f"{DEFINITION}; {self._judge.protocol}"}
         if self._classes is not None:
             out["prompt accuracy"] = f"classification by {self._own.protocol}"

@@ -23,7 +23,7 @@ class Row:
 
 
 def draw_grid(rows: Sequence[Row], scale: int = 1) -> np.ndarray:
-    """uint8 [H, W, 3]: a row each, input beside output; `scale` repeats pixels, so small ones show."""
+    """uint8 [H, W, 3]: one row each, input beside output; `scale` repeats pixels to enlarge small pictures."""
     side = rows[0].pairs[0][0].shape[0] * scale
     cell = 2 * side + 3 * _GAP
     width = max(len(row.pairs) for row in rows) * cell
@@ -53,8 +53,8 @@ def draw_sheet(
     columns: int,
     scale: int = 1,
 ) -> np.ndarray:
-    """uint8 [H, W, 3]: at most `columns` pictures uint8 [S, S, 3] a row, under each its caption in at most two
-    lines. What has no room ends in an ellipsis."""
+    """uint8 [H, W, 3]: rows of at most `columns` pictures uint8 [S, S, 3], each with its caption below in at most
+    two lines. Longer captions end in an ellipsis."""
     columns = min(columns, len(pictures))
     side = pictures[0].shape[0] * scale
     cell, line = side + _GAP, side + 2 * _LABEL + _GAP
@@ -81,7 +81,7 @@ def draw_sheet(
 
 
 def _broken(text: str, fits: Callable[[str], bool]) -> list[str]:
-    """Text in lines of whole words; a word that fits no line is cut."""
+    """Text in lines of whole words; a word longer than a line is cut."""
     lines = [""]
     for word in text.split():
         joined = f"{lines[-1]} {word}".strip()
@@ -95,7 +95,7 @@ def _broken(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 
 def _cut(text: str, fits: Callable[[str], bool]) -> str:
-    """Text, or as much of it as fits with an ellipsis."""
+    """The text, or as much as fits, with an ellipsis."""
     if fits(text):
         return text
     return next((cut for n in range(len(text), 0, -1) if fits(cut := f"{text[:n].rstrip()}…")), "")

@@ -11,7 +11,7 @@ from qlip_core.evaluation.reconstruction import Features, PairMetric
 
 
 class LearnedMetrics(Protocol):
-    """What the torch backend offers besides networks, whatever backend runs the model that is measured."""
+    """Metrics that the torch backend offers, whatever backend runs the model being measured."""
 
     def lpips(self, weights: str, device: str) -> PairMetric:
         """`weights`: safetensors files, or "random"."""
@@ -27,8 +27,8 @@ class LearnedMetrics(Protocol):
 
 
 def learned_metrics(what: str, extra: str = "torch") -> LearnedMetrics:
-    """The torch backend. Raises BackendError where torch is absent, saying `what` ("LPIPS needs torch") and the
-    `extra` that installs it."""
+    """The torch backend. Raises BackendError if torch is not installed, saying `what` ("LPIPS needs torch") and
+    the `extra` that installs it."""
     if not is_installed("torch"):
         raise BackendError(f"{what}: pip install 'qlip[{extra}]'")
     return get_backend("torch")  # type: ignore[return-value]

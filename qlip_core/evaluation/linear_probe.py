@@ -1,4 +1,4 @@
-"""Linear probe: what a linear classifier reads from the encoder's last layer (paper table 4).
+"""Linear probe: how well a linear classifier does on the encoder's last layer (paper table 4).
 
 Features are the CLS token, the mean of the patch tokens, or both side by side, before any projection.
 """
@@ -36,9 +36,9 @@ def evaluate_linear_probe(
 ) -> Result:
     """Accuracy on `test` of logistic regressions fitted to the features of `train`.
 
-    The penalty is the one of `L2` that does best on a fifth of `train`, drawn by a fixed seed; then all
-    of `train` is fitted with it. The same inputs give the same figures. Features of all images are in
-    memory: 8 bytes x encoder width an image. Raises DataError for labels of `test` that `train` lacks, an
+    The penalty is the one from `L2` that does best on a fifth of `train`, drawn with a fixed seed; then all
+    of `train` is fitted with it. The same inputs give the same figures. Features of all images are kept in
+    memory, 8 bytes x encoder width per image. Raises DataError for labels of `test` that `train` lacks, an
     image without a label, or fewer than 2 classes.
     """
     unknown = [name for name in features if name not in FEATURES]
@@ -93,16 +93,16 @@ def evaluate_linear_probe(
 def choose_l2(
     features: np.ndarray, labels: np.ndarray, classes: int
 ) -> tuple[float, dict[float, float]]:
-    """(the best penalty, {penalty: validation accuracy}); the stronger one of equals.
+    """(the best penalty, {penalty: validation accuracy}); of equals the stronger one.
 
-    The order is drawn by a fixed seed; a fifth validates, of whatever classes it holds.
+    A fifth, drawn with a fixed seed and not balanced by class, is for validation.
     """
     order = np.random.default_rng(_SEED).permutation(len(labels))
     cut = max(1, round(VALIDATION_SHARE * len(labels)))
     left_out, kept = order[:cut], order[cut:]
     tried: dict[float, float] = {}
     probe = None
-    for l2 in L2:  # from the strongest, each fit starting where the last one ended
+    for l2 in L2:  # from the strongest on; each fit starts where the last one ended
         probe = fit(features[kept], labels[kept], classes, l2, start=probe)
         tried[l2] = probe.accuracy(features[left_out], labels[left_out])
     best = max(tried.values())

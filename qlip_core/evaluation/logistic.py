@@ -50,12 +50,12 @@ def fit(
     """Minimise mean cross-entropy + l2/2 |W|^2 (the bias is free), features [n, F], labels [n].
 
     Features are standardised by their own mean and deviation. Stops when no gradient exceeds
-    `tolerance`. `start`, fitted on the same features, is where to begin: along a path of l2 it saves
-    most of the work.
+    `tolerance`. It begins from `start`, fitted on the same features, which saves most of the work when
+    trying several l2.
     """
     mean = features.mean(0, dtype=np.float64)
     deviation = features.std(0, dtype=np.float64)
-    # A feature that never moves, up to rounding, says nothing.
+    # A feature that is constant, up to rounding, is ignored.
     scale = np.where(deviation > 1e-6 * np.abs(mean) + 1e-12, deviation, np.inf)
     width = features.shape[1]
     first = np.zeros((width + 1, classes))

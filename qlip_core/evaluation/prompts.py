@@ -1,4 +1,4 @@
-"""Prompts to draw and measure, each with the thing that it names, where that is known."""
+"""Prompts to draw and measure, each with the thing it names, if known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qlip_core.files import read_lines
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to draw, and the thing that a classifier should find in the picture (empty: not known)."""
+    """A text to draw, and the thing that a classifier should find in the picture (empty: unknown)."""
 
     text: str
     name: str = ""
@@ -25,15 +25,16 @@ class Prompt:
 class PromptSet:
     """Prompts, and the names among which a classifier chooses (default: all that the prompts name).
 
-    Raises DataError for a set without prompts, a blank prompt, prompts of which only some name a thing,
-    or, where they do, fewer than 2 names to choose among, one twice, or a thing that is not among them.
+    Raises DataError for a set without prompts, a blank prompt, or prompts of which only some name a thing;
+    and, if they do name things, for fewer than 2 names to choose among, a repeated one, or a thing that is
+    not among them.
     """
 
     name: str
     prompts: tuple[Prompt, ...]
     classes: tuple[str, ...] = ()
     failed: Mapping[str, Any] = field(default_factory=dict)
-    """What could not be read, as `Tally.to_dict` gives it."""
+    """What could not be read, as from `Tally.to_dict`."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -87,7 +88,7 @@ class PromptSet:
 def read_prompts(path: str | Path, classes: Sequence[str] = ()) -> PromptSet:
     """Prompts from a file of lines "prompt", or "prompt<TAB>name of the thing in it".
 
-    Blank lines are left out. Raises DataError for a file that cannot be read, or as `PromptSet` does.
+    Blank lines are ignored. Raises DataError for a file that cannot be read, or as `PromptSet` does.
     """
     prompts = []
     for number, line in enumerate(read_lines(path), 1):

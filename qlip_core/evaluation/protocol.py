@@ -21,8 +21,8 @@ from qlip_core.architecture import architecture
 from qlip_core.errors import DataError, QlipError
 from qlip_core.model import Model
 
-# What is compared, and not how it is measured: these may differ between two results. So may what a
-# set is called, where its pictures and labels are the same.
+# Fields that may differ between two comparable results: they are what is compared, not how it is measured.
+# A set's name may differ too, if its pictures and labels are the same.
 SUBJECT = (
     *("dataset", "model", "model_name", "weights_sha256", "recipe_sha256"),
     *("backend", "device", "dtype", "version", "drawn_by"),
@@ -36,38 +36,38 @@ class Protocol:
     task: str
     dataset: str
     count: int
-    """Images measured; broken ones are not among them."""
+    """Images measured, without broken ones."""
     preprocessing: str
     """Resize, crop and normalisation."""
     reference: str
     """SHA-256 of the images as the model sees them (uint8 [S, S, 3], in order) and of their labels."""
     model: str
-    """Fingerprint of the towers that the task uses; of the visual ones alone it is `qlip info`'s."""
+    """Fingerprint of the towers that the task uses; for the visual ones alone, that of `qlip info`."""
     model_name: str
     backend: str
     device: str
     dtype: str
     version: str
-    """Of the package."""
+    """The package's version."""
     metrics: Mapping[str, str] = field(default_factory=dict)
-    """Metric -> SHA-256 of its weights, or how it is defined where it has none."""
+    """Metric -> SHA-256 of its weights, or its definition if it has none."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """All else that changes the figures: templates, k, splits, the seed."""
+    """Everything else that changes the figures: templates, k, splits, the seed."""
     drawn_by: Mapping[str, Any] = field(default_factory=dict)
-    """Of drawn pictures: fingerprints of the generator and its tokenizer, and how it was sampled."""
+    """For drawn pictures: fingerprints of the generator and its tokenizer, and sampling settings."""
     weights_sha256: str | None = None
-    """Of all weights, value by value (`Checkpoint.weights_sha256`)."""
+    """SHA-256 of all weights (`Checkpoint.weights_sha256`)."""
     recipe_sha256: str | None = None
-    """Of the recipe.toml in the model's folder."""
+    """SHA-256 of the recipe.toml in the model's folder."""
 
     def to_dict(self) -> dict[str, Any]:
         """The protocol in JSON types."""
         return asdict(self)
 
     def differences(self, other: Protocol) -> list[str]:
-        """A line "field: ours / theirs" for everything that keeps two results from being compared.
+        """A line "field: ours / theirs" for everything that makes two results incomparable.
 
-        A metric that only one of them has does not.
+        A metric that only one of them has does not count.
         """
         out = []
         for each in fields(self):
@@ -140,7 +140,7 @@ def weights_fingerprint(model: Model) -> str:
 
 
 def recipe_hash(folder: Path) -> str | None:
-    """SHA-256 of the recipe that training leaves in a model's folder; None where there is none."""
+    """SHA-256 of the recipe that training puts in a model's folder; None if there is none."""
     try:
         return hashlib.sha256((folder / "recipe.toml").read_bytes()).hexdigest()
     except OSError:
@@ -154,11 +154,11 @@ class ReferenceHash:
         self._digest = hashlib.sha256()
 
     def add(self, images: np.ndarray, texts: Sequence[str] = ()) -> None:
-        """uint8 [B, S, S, 3], and a caption or label each. How they are batched does not matter."""
+        """uint8 [B, S, S, 3], and a caption or label each. The split into batches does not matter."""
         for i, image in enumerate(images):
             self._digest.update(np.ascontiguousarray(image).data)
             if texts:
-                # The length separates each text from what follows.
+                # The length separates each text from the next.
                 self._digest.update(f"{len(texts[i].encode())}:{texts[i]}".encode())
 
     def hexdigest(self) -> str:
@@ -177,14 +177,14 @@ def text_hash(texts: Iterable[str]) -> str:
 class Result:
     """Scores by name, each a finite number or None, with the protocol that gave them.
 
-    `details` in JSON types: what is too long for a table. `grid` uint8 [H, W, 3], where there is one.
+    `details` in JSON types: what is too long for a table. `grid` uint8 [H, W, 3], if there is one.
     """
 
     protocol: Protocol
     scores: Mapping[str, float | None]
     details: Mapping[str, Any] = field(default_factory=dict)
     failed: Mapping[str, Any] = field(default_factory=dict)
-    """Examples that could not be read, as `Tally.to_dict` gives them."""
+    """Examples that could not be read, as from `Tally.to_dict`."""
     grid: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ class Result:
                 raise ValueError(f"{name} is {value}")
 
     def rows(self) -> list[tuple[str, str]]:
-        """(score, its value as text), to be shown as a table."""
+        """(score, its value as text), for a table."""
         return [(name, score_text(name, value)) for name, value in self.scores.items()]
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,7 +207,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Result:
-        """From what `to_dict` gives. Raises DataError for anything else."""
+        """From the output of `to_dict`. Raises DataError for anything else."""
         try:
             protocol = Protocol(**values["protocol"])
             return cls(protocol, values["scores"], values["details"], values["failed"])
@@ -241,7 +241,7 @@ def score_text(name: str, value: float | None) -> str:
 
 
 def compare(a: Result, b: Result) -> list[tuple[str, float | None, float | None]]:
-    """(score, a's, b's) for all scores of either.
+    """(score, a's value, b's value) for all scores of either.
 
     Raises QlipError, naming the fields, if the two were not measured in the same way. Model, backend,
     device, dtype and package version may differ, since they are what is compared.

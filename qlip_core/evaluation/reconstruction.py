@@ -55,9 +55,9 @@ def evaluate_reconstruction(
 ) -> Result:
     """Compare images, as preprocessing leaves them, with their reconstructions.
 
-    PSNR is the mean over images of 10 log10(255^2 / mean squared error), in dB, an image that comes back
-    exactly counting 100 dB; SSIM as `qlip_core.metrics` has it. `lpips` and `inception` add LPIPS and
-    rFID. Where the model quantizes, bit usage and code entropy come with it. `shown` pictures each of the
+    PSNR is the mean over images of 10 log10(255^2 / mean squared error), in dB, where an exact
+    reconstruction counts as 100 dB; SSIM is that of `qlip_core.metrics`. `lpips` and `inception` add LPIPS
+    and rFID. If the model quantizes, bit usage and code entropy are added. `shown` pictures each with the
     best, the median and the worst PSNR make the result's `grid` (0: none). Raises DataError if no image
     can be read.
     """
@@ -101,7 +101,7 @@ def evaluate_reconstruction(
         scores["LPIPS"] = float(np.concatenate(distances).mean())
         metrics["LPIPS"] = lpips.protocol
     if inception is not None:
-        # Of one image there is no covariance.
+        # A single image has no covariance.
         scores["rFID"] = (
             frechet_distance(before_stats.gaussian(), after_stats.gaussian())
             if len(names) > 1
@@ -144,7 +144,7 @@ def _usage_scores(usage: CodeUsage) -> dict[str, float]:
 def _grid(
     model: Model, examples: Examples, names: list[str], decibels: np.ndarray, shown: int
 ) -> np.ndarray:
-    """Best, median and worst, read and reconstructed again: no picture is kept while measuring."""
+    """Best, median and worst, read and reconstructed again, because measuring keeps no pictures."""
     order = np.argsort(-decibels, kind="stable").tolist()
     shown = min(shown, len(order))
     middle = (len(order) - shown) // 2
@@ -166,14 +166,14 @@ def _grid(
         pairs = zip(model.preprocessing.to_images(pixels), model.reconstruct(pixels))
         pictures |= {example.key: pair for example, pair in zip(chunk, pairs)}
     captions = {
-        # Of the pictures as shown: keys need not be unique in a set.
+        # Computed from the pictures shown, since keys need not be unique in a set.
         key: f"{min(psnr(a[None], b[None])[0], 100):.1f} dB"
         for key, (a, b) in pictures.items()
     }
     rows = [
         Row(
             f"{title} PSNR: input, reconstruction",
-            # Of two with one key the first is shown, if it can be read.
+            # Of two with the same key the first readable one is shown.
             [(*pictures[n], captions[n]) for n in (names[i] for i in positions) if n in pictures],
         )
         for title, positions in chosen.items()

@@ -14,7 +14,7 @@ from qlip_core.loading import DEFAULT_BATCH, Progress
 from qlip_core.model import Model
 
 RECALLS = (1, 5, 10)
-# Rows of the n x n similarities in memory at a time.
+# Rows of the n x n similarities that are in memory at a time.
 _CHUNK = 1024
 
 
@@ -27,9 +27,9 @@ def evaluate_retrieval(
 ) -> Result:
     """R@1, R@5 and R@10 of finding a picture's caption among all, and a caption's picture among all.
 
-    Every caption equal to the picture's own is a hit, and every picture that shares the caption. Texts
-    or pictures that tie with the best hit count as before it. Raises DataError for a picture without
-    a caption, or a set of fewer than 2.
+    Every caption equal to the picture's own counts as a hit, and so does every picture with that caption.
+    Texts or pictures that tie with the best hit rank before it. Raises DataError for a picture without a
+    caption, or a set of fewer than 2.
     """
     broken, reference = Tally(), ReferenceHash()
     captions: list[str] = []
@@ -54,7 +54,7 @@ def evaluate_retrieval(
     group = np.array([number[caption] for caption in captions])
     images, texts = np.concatenate(vectors), embedded[group]
     to_text = recall(images, texts, group, group)
-    # One query for each caption there is: the same words twice ask the same thing.
+    # One query per distinct caption, since equal captions are the same query.
     to_image = recall(embedded, images, np.arange(len(distinct)), group)
     scores: dict[str, float | None] = {}
     scores |= {f"image to text R@{k}": share for k, share in to_text.items()}
@@ -81,8 +81,8 @@ def recall(
 ) -> dict[int, float]:
     """Share of queries [Q, P] with a candidate [C, P] of their own group among the k most similar.
 
-    `query_group` [Q], `candidate_group` [C]. Candidates of another group that tie with the best hit
-    stand before it. Memory is `chunk` x C. Raises DataError for vectors that are not finite.
+    `query_group` [Q], `candidate_group` [C]. Candidates of another group that tie with the best hit rank
+    before it. Memory is `chunk` x C. Raises DataError for vectors that are not finite.
     """
     if not (np.isfinite(queries).all() and np.isfinite(candidates).all()):
         raise DataError("embeddings have NaN or infinite values: the model's weights are damaged")

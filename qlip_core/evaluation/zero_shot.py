@@ -1,7 +1,7 @@
-"""Classification by text: the nearest class name, in the wordings of some templates.
+"""Classification by text: the class whose name, in the wordings of some templates, is nearest.
 
-Whether that deserves the name zero-shot depends on the names: it does only where training saw none of
-them, which is for the set to say (see `qlip_core.evaluation.emoji`).
+It is zero-shot only if training saw none of the names, which depends on the set (see
+`qlip_core.evaluation.emoji`).
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def evaluate_zero_shot(
 
 
 def labels_of(examples: Examples) -> list[str]:
-    """All labels of a set, sorted: reads it through, without decoding images."""
+    """All labels of a set, sorted. Reads the whole set without decoding images."""
     return sorted({label for each in examples if (label := getattr(each, "label", ""))})
 
 

@@ -1,8 +1,8 @@
-"""The generator as data: every tensor with its shape and how it starts, and the rotary tables.
+"""The generator as data: every tensor with its shape and initial values, and the rotary tables.
 
-Names are Hugging Face Llama's where the part is Llama's, so that weights of that kind load as they
-are. Ours: `caption_projector` (caption features into the model's width), `null_prefix` (what stands
-for a dropped caption) and `sub_token_embedding` (the number of a sub-token in its patch). SPEC section 4.
+Parts that Llama has use Hugging Face Llama's names, so that such weights load unchanged. Ours are
+`caption_projector` (caption features into the model's width), `null_prefix` (replaces a dropped caption)
+and `sub_token_embedding` (the number of a sub-token in its patch). SPEC section 4.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def parameter_count(config: GeneratorConfig) -> int:
 
 
 def init_weights(config: GeneratorConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights, the same on every machine: deviation 0.02, and for what writes to the
-    residual stream that divided by sqrt(2 * layers) (GPT-2's rule)."""
+    """Random float32 weights, the same on every machine: deviation 0.02, divided by sqrt(2 * layers) for
+    matrices that write to the residual stream (GPT-2's rule)."""
     return {spec.name: initial_values(spec, seed) for spec in architecture(config).values()}
 
 
 def diff_tensors(config: GeneratorConfig, found: Mapping[str, tuple[int, ...]]) -> str:
-    """What keeps `found` (name -> shape) from being this generator, in one line; empty if nothing."""
+    """How `found` (name -> shape) differs from this generator, in one line; empty if it does not."""
     return diff_table(architecture(config), found, (PART,))
 
 
@@ -81,10 +81,10 @@ def _scale(name: str, width: int) -> TensorSpec:
 
 
 def positions(config: GeneratorConfig) -> np.ndarray:
-    """Where prefix and sub-tokens stand, int64 [T + M - 1, axes].
+    """Positions of prefix and sub-tokens, int64 [T + M - 1, axes].
 
-    "grid": (row, column) of the patch, both counted from 0, the sub-tokens of a patch in one place;
-    `rotary_tables` does not turn the prefix. "sequence": 0, 1, 2, ...
+    "grid": (row, column) of the patch, both counted from 0, the same for all sub-tokens of a patch;
+    `rotary_tables` does not rotate the prefix. "sequence": 0, 1, 2, ...
     """
     length = config.sequence_length
     if config.rope == "sequence":
@@ -99,7 +99,7 @@ def rotary_tables(config: GeneratorConfig, positions: np.ndarray) -> tuple[np.nd
     """(cos, sin) float64 [S, d/2] for positions [S, axes], one axis (Llama) or two (the grid).
 
     Value j belongs to the pair (j, j + d/2) of a head, Hugging Face Llama's convention. With two axes the
-    first half of the pairs turns by the row, the second by the column. Position 0 turns nothing, so
+    first half of the pairs rotates by the row, the second by the column. Position 0 means no rotation, so
     the prefix, at (0, 0), has zero angles.
     """
     axes = positions.shape[1]

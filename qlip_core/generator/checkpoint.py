@@ -1,4 +1,4 @@
-"""A generator on disk: a folder of `config.json` and `model.safetensors`, strict both ways."""
+"""A generator on disk: a folder with `config.json` and `model.safetensors`, read and written strictly."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FOLDER = "generator"  # inside a tokenizer's folder
 
 @dataclass(frozen=True)
 class GeneratorCheckpoint:
-    """A generator's config, and where its tensors are; they are read when asked for."""
+    """A generator's config and its tensors, which are read on demand."""
 
     config: GeneratorConfig
     folder: Path
@@ -31,7 +31,7 @@ class GeneratorCheckpoint:
 
     @cached_property
     def fingerprint(self) -> str:
-        """32 hex digits of the config, but for how it is sampled, and of all tensors."""
+        """32 hex digits of the config, without its sampling settings, and of all tensors."""
         config = replace(self.config, sampling=Sampling())
         digest = hashlib.sha256(config.to_json().encode())
         for name in sorted(self.files.names):
@@ -48,8 +48,8 @@ def open_generator(named: str | Path) -> GeneratorCheckpoint:
     """Open a generator's folder; reads headers only.
 
     `named`: that folder, or a model with a generator in it, as `qlip_core.hub.find_model` takes it.
-    Raises ConfigError or CheckpointError; the latter lists the tensors that are missing, unexpected or of
-    another shape, up to 100 of each kind.
+    Raises ConfigError or CheckpointError; the latter lists tensors that are missing, unexpected or of the
+    wrong shape, up to 100 of each kind.
     """
     folder = find_model(named)
     if not folder.is_dir():
@@ -72,9 +72,9 @@ def save_generator(
 ) -> Path:
     """Write a generator's folder, whole or not at all; in an existing one the generator is replaced.
 
-    `weights` float32 by name, all of them; `dtype` how they are stored (float32, float16, bfloat16);
-    `beside` other text files by name.
-    Raises CheckpointError if they do not fit the config or are not finite.
+    `weights`: all tensors, float32 by name; `dtype`: how they are stored (float32, float16, bfloat16);
+    `beside`: other text files by name.
+    Raises CheckpointError if the weights do not fit the config or are not finite.
     """
     return write_folder(
         Path(folder),

@@ -24,22 +24,22 @@ if TYPE_CHECKING:
 
 
 class Conditioner(Protocol):
-    """Prompts, none of them empty -> features of their last T tokens."""
+    """Non-empty prompts -> features of at most T tokens each."""
 
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(features float32 [B, T, F], valid bool [B, T]), padded on the left."""
         ...
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """Tokens of each prompt before any cut, with the special ones around it."""
+        """Tokens of each prompt before any cut, special ones included."""
         ...
 
 
 class TextTower:
-    """QLIP's text encoder: its hidden states after the last norm, of all tokens up to the end token.
+    """QLIP's text encoder: its hidden states after the last norm, for all tokens up to the end token.
 
-    `states` maps token ids int64 [B, S] to float32 [B, S, F]. Over T tokens a prompt loses its last words;
-    the end token stays.
+    `states` maps token ids int64 [B, S] to float32 [B, S, F]. A prompt of over T tokens loses its last words
+    but keeps the end token.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TextTower:
     def __call__(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if self._tokenizer is None:
             raise TextError(
-                "this checkpoint has no tokenizer files, so it takes no prompts; an empty prompt draws "
+                "this checkpoint has no tokenizer files, so it cannot take prompts; an empty prompt draws "
                 "without one"
             )
         return self.features(self._tokenizer(prompts))
@@ -68,7 +68,7 @@ class TextTower:
         over = ends >= self._length
         ids[over, self._length - 1] = ids[over, ends[over]]
         ends = np.minimum(ends, self._length - 1)
-        # Attention is causal: nothing after the last end token is needed.
+        # Attention is causal, so positions after the last end token are not needed.
         states = self._states(ids[:, : ends.max(initial=0) + 1])
         out = np.zeros((len(ids), self._length, states.shape[-1]), np.float32)
         for row, state, end in zip(out, states, ends):
@@ -89,8 +89,8 @@ class _CaptionBackend(Protocol):
 def t5(config: GeneratorConfig, folder: Path | None = None, device: str = "auto") -> Conditioner:
     """FLAN-T5's encoder, which only the torch backend has; raises BackendError without torch.
 
-    `folder` is the generator's, in which a T5 that is named by a path is looked for first. A `device` of another
-    backend that is none of torch's stands for "auto".
+    A T5 named by a path is looked for first in `folder`, the generator's. A `device` that torch does not have
+    (another backend's) means "auto".
     """
     torch: _CaptionBackend = get_backend("torch")  # type: ignore[assignment]
     name = config.t5_model
@@ -102,9 +102,9 @@ def t5(config: GeneratorConfig, folder: Path | None = None, device: str = "auto"
 def encode_prompts(
     prompts: Sequence[str], conditioner: Conditioner, config: GeneratorConfig
 ) -> Captions:
-    """Prompts to Captions; one that is empty or blank is the null prefix. Equal ones are encoded once.
+    """Prompts to Captions; an empty or blank one is the null prefix. Equal ones are encoded once.
 
-    Raises GenerationError if what the conditioner gives is not what the generator takes.
+    Raises GenerationError if the conditioner's features do not fit the generator.
     """
     shape = (len(prompts), config.prefix_length, config.condition_size)
     features, valid = np.zeros(shape, np.float32), np.ones(shape[:2], bool)
@@ -114,8 +114,8 @@ def encode_prompts(
         values, places = conditioner(told)
         if values.shape[1:] != shape[1:]:
             raise GenerationError(
-                f"the conditioner gives {list(values.shape[1:])} a caption, the generator takes "
-                f"{list(shape[1:])} (prefix_length, condition_size): it was made for another one"
+                f"the conditioner gives {list(values.shape[1:])} per caption, the generator takes "
+                f"{list(shape[1:])} (prefix_length, condition_size): it was made for another conditioner"
             )
         row = {prompt: i for i, prompt in enumerate(told)}
         for i, prompt in enumerate(prompts):

@@ -28,17 +28,17 @@ ROPES = ("grid", "sequence")
 class GeneratorConfig:
     """A decoder-only transformer in Llama's form; keys of the transformer are Hugging Face Llama's.
 
-    A picture is M = h*w*n sub-tokens in raster order, n = `sub_tokens` a patch, each one of
+    A picture is M = h*w*n sub-tokens in raster order, n = `sub_tokens` per patch, each with
     2^`group_size` values. It follows a prefix of T = `prefix_length` embeddings.
 
-    `rope` "grid" turns each half of a head by the row and by the column of the patch, with zero angles
+    `rope` "grid" rotates one half of a head by the patch's row and the other by its column, with zero angles
     on the prefix; "sequence" is Llama's own, by the position in the sequence. With
     `separate_sub_tokens` each of the n sub-tokens has its own rows in the embedding and output tables
-    (they mean different bits); without, all share 2^g rows, as LlamaGen's and UM3's single visual
-    vocabulary does, and an embedding of the sub-token's number is added to the input.
+    (they mean different bits); without, all share 2^g rows, as in LlamaGen's and UM3's single visual
+    vocabulary, and an embedding of the sub-token's number is added to the input.
 
-    `text_vocab_size` rows of words stand before the visual ones in both tables: for the unified model of
-    SPEC section 5, which reads and writes text too; 0 in a generator of pictures alone.
+    `text_vocab_size` rows for text tokens precede the visual ones in both tables, for the unified model of
+    SPEC section 5, which also reads and writes text; 0 in a generator of pictures only.
     """
 
     hidden_size: int
@@ -135,7 +135,7 @@ class GeneratorConfig:
                 if getattr(self, name) < 1:
                     raise ConfigError(f"{name} (={getattr(self, name)}) must be positive")
         elif self.rope == "grid":
-            raise ConfigError('rope "grid" needs a prefix to start from: conditioner is "none"')
+            raise ConfigError('rope "grid" needs a prefix to start from, but conditioner is "none"')
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ class GeneratorConfig:
 
     @property
     def code_dim(self) -> int:
-        """L: bits a patch."""
+        """L: bits per patch."""
         return self.group_size * self.sub_tokens
 
     @property
@@ -171,7 +171,7 @@ class GeneratorConfig:
 
     @property
     def sequence_length(self) -> int:
-        """T + M - 1 positions: the last sub-token is never an input."""
+        """T + M - 1 positions, since the last sub-token is never an input."""
         return self.prefix_length + self.tokens_per_image - 1
 
     def first_row(self, number: int) -> int:
@@ -183,15 +183,15 @@ class GeneratorConfig:
     def fitted(
         self, tokenizer: QLIPConfig, fingerprint: str = "", text_fingerprint: str = ""
     ) -> GeneratorConfig:
-        """This generator for pictures of `tokenizer`: its grid, its L bits as sub-tokens of
+        """This generator adapted to the pictures of `tokenizer`: its grid, its L bits as sub-tokens of
         `group_size` bits, and, with "qlip-text", its text tower's width, with a prefix no longer than
         its texts. A T5 in a folder is named by its absolute path. The fingerprints are `Checkpoint.fingerprint`
-        and `text_fingerprint`. Raises ConfigError where `group_size` does not divide L."""
+        and `text_fingerprint`. Raises ConfigError if `group_size` does not divide L."""
         bits = tokenizer.code_dim
         if not tokenizer.quantizes or bits % self.group_size:
             have = f"{bits} bits" if tokenizer.quantizes else "no bits"
             raise ConfigError(
-                f"group_size (={self.group_size}) must divide the tokenizer's bits a patch ({have})"
+                f"group_size (={self.group_size}) must divide the tokenizer's bits per patch ({have})"
             )
         text, ours = tokenizer.text_config, self.conditioner == "qlip-text"
         t5 = Path(self.t5_model).expanduser()
@@ -214,13 +214,13 @@ class GeneratorConfig:
         if (self.grid, self.code_dim) != (tokenizer.grid, bits):
             h, w = tokenizer.grid
             return (
-                f"it draws {self.code_dim} bits a patch on {self.grid[0]}x{self.grid[1]} patches, "
+                f"it draws {self.code_dim} bits per patch on {self.grid[0]}x{self.grid[1]} patches, "
                 f"the tokenizer has {bits} on {h}x{w}"
             )
         text = tokenizer.text_config
         if self.conditioner == "qlip-text" and self.condition_size != text.hidden_size:
             return (
-                f"it takes captions {self.condition_size} wide, the text tower gives "
+                f"it takes caption features {self.condition_size} wide, the text tower's are "
                 f"{text.hidden_size}"
             )
         if self.conditioner == "qlip-text" and self.prefix_length > text.max_position_embeddings:
@@ -234,8 +234,8 @@ class GeneratorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> GeneratorConfig:
-        """The content of a `config.json`. Raises ConfigError for an unknown key (naming the nearest
-        known one), an absent one without a default, a wrong type, or sizes that fit no model."""
+        """Build from the content of a `config.json`. Raises ConfigError for an unknown key (naming the nearest
+        known one), a missing one without a default, a wrong type, or sizes that fit no model."""
         values = dict(values)
         model_type = values.pop("model_type", None)
         if model_type != MODEL_TYPE:
@@ -278,7 +278,7 @@ def _read(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if absent := [where + name for name in needed if name not in known]:
-        raise ConfigError(f"keys absent from the generator's config: {', '.join(absent)}")
+        raise ConfigError(f"keys missing from the generator's config: {', '.join(absent)}")
     return cls(**known)
 
 
@@ -297,7 +297,7 @@ def _typed(kind: str, value: Any, name: str) -> Any:
 
 # -- presets -----------------------------------------------------------------------------------
 
-# LlamaGen's own: guidance 7.5, the 1,000 likeliest values.
+# LlamaGen's settings: guidance 7.5, the 1,000 likeliest values.
 _LLAMAGEN = Sampling(cfg_scale=7.5, top_k=1000)
 
 

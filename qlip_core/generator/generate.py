@@ -1,4 +1,4 @@
-"""Prompts to visual tokens: what `Model.generate` and its kin do, whatever the backend."""
+"""Prompts to visual tokens: the part of `Model.generate` and similar methods that no backend changes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PromptCut(UserWarning):
 class Request:
     """What to draw: a prompt for every picture, and its number among the pictures of that prompt.
 
-    The noise follows from the seed and that number alone, so a picture is the same whatever is drawn
-    beside it, and equal prompts, be it by n or by being named twice, give different pictures.
+    The noise depends only on the seed and that number. So a picture is the same whatever else is drawn with
+    it, and equal prompts (repeated, or with n above 1) give different pictures.
     """
 
     prompts: tuple[str, ...]
@@ -73,7 +73,7 @@ def merged(
     cfg_schedule: str | None,
     cfg_interval: tuple[float, float] | None,
 ) -> Sampling:
-    """A generator's own settings, with those that were given instead."""
+    """A generator's own settings, overridden by those that are given."""
     given = {
         "temperature": temperature,
         "top_k": top_k,
@@ -108,7 +108,7 @@ class TokenDrawer:
             yield start, self.bits(np.concatenate(rows, axis=1))
 
     def stream(self, request: Request) -> Iterator[np.ndarray]:
-        """All pictures at once, row of patches by row: bits uint8 [B, patches so far, L]."""
+        """Draw all pictures at once and yield after each row of patches: bits uint8 [B, patches so far, L]."""
         self._warn_of_cuts(request.prompts)
         so_far = np.empty((len(request), 0), np.int64)
         for chunk in self._rows(request, slice(None)):

@@ -1,4 +1,4 @@
-"""The generator of a tokenizer: found, checked against it, put on a backend."""
+"""Finds a tokenizer's generator, checks that they fit, and loads it on a backend."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qlip_core.generator.generate import TokenDrawer
 
 
 def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> GeneratorCheckpoint | None:
-    """The generator `named` (as `open_generator` takes it), or in the tokenizer's own folder; None where it
+    """The generator `named` (as in `open_generator`), or else the one in the tokenizer's folder; None if that
     has none.
 
-    Raises ConfigError or CheckpointError, also for one that was made for another tokenizer.
+    Raises ConfigError or CheckpointError, also if it was made for another tokenizer.
     """
     if named is None and not (checkpoint.folder / FOLDER).is_dir():
         return None
@@ -42,7 +42,7 @@ def find_generator(checkpoint: Checkpoint, named: str | Path | None) -> Generato
 def require_generator(
     checkpoint: Checkpoint, found: GeneratorCheckpoint | None
 ) -> GeneratorCheckpoint:
-    """`found`. Raises GenerationError where there is none."""
+    """`found`, if there is one. Raises GenerationError otherwise."""
     if found is None:
         raise GenerationError(
             f"{checkpoint.folder}: this model has no generator (no folder {FOLDER}/ in it): name one "
@@ -54,7 +54,7 @@ def require_generator(
 def load_drawer(
     checkpoint: Checkpoint, generator: GeneratorCheckpoint | None, network: Network, backend: str
 ) -> TokenDrawer:
-    """The generator's weights onto the device of `network`. Raises GenerationError if there is none."""
+    """Load the generator's weights on the device of `network`. Raises GenerationError if there is none."""
     found = require_generator(checkpoint, generator)
     config = found.config
     drawn_by = get_backend(backend).generator(
@@ -71,7 +71,7 @@ def _conditioner(
         return t5(config, found.folder, network.device)
     if config.conditioner == "none":
         raise GenerationError(
-            f"{found.folder}: this generator has no conditioner, so takes no prompts"
+            f"{found.folder}: this generator has no conditioner, so it cannot take prompts"
         )
     text = checkpoint.config.text_config
     return TextTower(checkpoint.tokenizer, network.text_states, text, config.prefix_length)

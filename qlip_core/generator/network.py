@@ -1,4 +1,4 @@
-"""What a backend's generator is given and gives: captions, an order to draw, the interface."""
+"""A backend's generator: its inputs (captions and an order to draw) and its interface."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from qlip_core.generator.sampling import Sampling
 
 @dataclass(frozen=True)
 class Captions:
-    """Features of B captions, the last of the T positions always a caption's last token.
+    """Features of B captions; the last of the T positions is always a caption's last token.
 
-    `features` float32 [B, T, F]; `valid` bool [B, T], False where a shorter caption leaves padding on
-    the left; `null` bool [B], True where the learned null prefix stands for the caption.
+    `features` float32 [B, T, F]; `valid` bool [B, T], False where a shorter caption has padding on the
+    left; `null` bool [B], True where the learned null prefix replaces the caption.
     """
 
     features: np.ndarray
@@ -30,11 +30,11 @@ class Captions:
         return Captions(self.features[rows], self.valid[rows], self.null[rows])
 
     def seen(self) -> np.ndarray:
-        """Prefix positions that may be looked at, bool [B, T]: all of the null prefix."""
+        """Prefix positions that may be attended to, bool [B, T]; all of them for the null prefix."""
         return self.valid | self.null[:, None]
 
     def with_null(self) -> Captions:
-        """These captions and, after them, as many null prefixes: what guidance runs on."""
+        """These captions, followed by as many null prefixes, as guidance needs."""
         return Captions(
             np.concatenate([self.features, self.features]),
             np.concatenate([self.valid, self.valid]),
@@ -47,10 +47,10 @@ class Captions:
 
 @dataclass(frozen=True)
 class Draw:
-    """An order for B pictures: all that a backend needs, so that its loop asks nobody.
+    """An order for B pictures, with everything that a backend's loop needs.
 
     `keys` uint32 [M, B, 2] and `scales` float32 [M] are `sampling.step_keys` and `guidance_scales`. The
-    sub-tokens come back `every` steps, which is as often as the device is waited for.
+    sub-tokens are returned every `every` steps; only then is the device waited for.
     """
 
     captions: Captions
@@ -70,7 +70,7 @@ class Draw:
 
     @property
     def rows(self) -> Captions:
-        """What the network runs on: the captions and, with guidance, as many null prefixes after them."""
+        """The network's input: the captions and, with guidance, as many null prefixes after them."""
         return self.captions.with_null() if self.guided else self.captions
 
 

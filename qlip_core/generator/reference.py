@@ -1,8 +1,8 @@
 """The generator's forward and its sampling loop in numpy: SPEC section 4, line by line.
 
-Slow and obvious on purpose: what the PyTorch and MLX generators are held to, and what the backend
-`numpy` draws with. Legend of shapes: B sequences, T prefix, S positions so far, Q new positions,
-D width, H heads, K key-value heads, d = D/H, V values of a sub-token, n sub-tokens a patch.
+Slow and obvious on purpose: the PyTorch and MLX generators are tested against it, and the backend
+`numpy` draws with it. Legend of shapes: B sequences, T prefix, S positions so far, Q new positions,
+D width, H heads, K key-value heads, d = D/H, V values of a sub-token, n sub-tokens per patch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def attention(
     allowed: np.ndarray,
     cache: Cache,
 ) -> np.ndarray:
-    """Q new positions over all so far: x [B, Q, D], allowed bool [B, 1, Q, S] -> [B, Q, D]."""
+    """Q new positions attend to all so far: x [B, Q, D], allowed bool [B, 1, Q, S] -> [B, Q, D]."""
     name = f"model.layers.{layer}.self_attn"
     (B, Q, _), d = x.shape, config.head_dim
 
@@ -101,7 +101,7 @@ def transformer(
     allowed: np.ndarray,
     cache: Cache,
 ) -> np.ndarray:
-    """Q new positions [B, Q, D] -> their last hidden states, normed, [B, Q, D]; fills the cache.
+    """Q new positions [B, Q, D] -> their last hidden states, normalised, [B, Q, D]; fills the cache.
 
     `rope` holds the tables of these Q positions, [Q, d/2] each.
     """
@@ -115,10 +115,10 @@ def transformer(
 
 
 def causal_mask(start: int, queries: int, valid: np.ndarray | None = None) -> np.ndarray:
-    """What each new position may look at: bool [B or 1, 1, Q, start + Q].
+    """Which positions each new one may attend to: bool [B or 1, 1, Q, start + Q].
 
-    Itself and all before it, but not prefix positions that are padding (`valid` bool [B, T] False).
-    Padding sees itself, so that its row is not empty; nobody looks at the outcome.
+    Itself and all before it, except padding in the prefix (`valid` bool [B, T] False). Padding attends to
+    itself, so that its row is not empty; the result is never used.
     """
     query = start + np.arange(queries)[:, None]
     key = np.arange(start + queries)[None]
@@ -159,15 +159,15 @@ def visual_logits(w: Tensors, config: GeneratorConfig, x: np.ndarray, number: in
 
 
 def text_logits(w: Tensors, config: GeneratorConfig, x: np.ndarray) -> np.ndarray:
-    """States that predict a word: [..., D] -> [..., text_vocab_size] (SPEC section 5): for the unified model,
-    which reads and writes words beside sub-tokens. Drawing takes visual logits alone."""
+    """States that predict a text token: [..., D] -> [..., text_vocab_size] (SPEC section 5), for the unified
+    model, which reads and writes text besides sub-tokens. Drawing uses only visual logits."""
     return x @ w["lm_head.weight"][: config.text_vocab_size].T
 
 
 def image_logits(
     w: Tensors, config: GeneratorConfig, captions: Captions, tokens: np.ndarray
 ) -> np.ndarray:
-    """Logits of every sub-token given those before it, without a cache kept: what training sees.
+    """Logits of every sub-token given those before it, as in training, without a cache.
 
     tokens int64 [B, M] -> float [B, M, V].
     """
@@ -191,7 +191,7 @@ def image_logits(
 
 @dataclass
 class ReferenceGenerator:
-    """The loop above behind the interface that every backend offers (qlip_core.generator.network)."""
+    """The forward above with the interface of every backend's generator (qlip_core.generator.network)."""
 
     config: GeneratorConfig
     weights: Tensors

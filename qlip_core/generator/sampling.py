@@ -1,12 +1,12 @@
 """The rule of sampling: one seed, one picture, on every backend and in any batch.
 
-A step takes `argmax(filtered logits / temperature + Gumbel noise)`, the lowest value where two are
-equal. The noise of a value follows from (seed, image, step, value) by an integer hash alone, so each
-backend computes it where its logits are. In this order: guidance, temperature, top-k, top-p, noise.
+A step takes `argmax(filtered logits / temperature + Gumbel noise)`, and of equals the lowest value. The
+noise of a value is an integer hash of (seed, image, step, value), so each backend computes it on the
+device of its logits. The order is guidance, temperature, top-k, top-p, noise.
 
-What depends on no logits (`step_keys`, `guidance_scales`) is computed here, once a picture, and handed to
-the backends; what does (`hash_values`, `gumbel`, `keep`) is written down here in numpy, and each
-backend has the same lines in its own arrays.
+What does not depend on logits (`step_keys`, `guidance_scales`) is computed here, once per picture, and
+passed to the backends. The rest (`hash_values`, `gumbel`, `keep`) is written here in numpy, and each
+backend has the same lines for its own arrays.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from qlip_core.errors import GenerationError
 
 Integers = TypeVar("Integers", bound=Any)
 
-# Odd multipliers with good avalanche: the 32-bit finaliser "lowbias32" and the golden ratio.
+# Odd multipliers that mix bits well: those of the 32-bit finaliser "lowbias32", and the golden ratio.
 MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
 GOLDEN = 0x9E3779B9
 
 SCHEDULES = ("constant", "linear")
 MAX_SCALE, MAX_TEMPERATURE = 100.0, 100.0
-MIN_TEMPERATURE = 1e-6  # but for 0
+MIN_TEMPERATURE = 1e-6  # other than 0
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How sub-tokens are chosen.
 
-    `temperature` 0 takes the likeliest value. `top_k` keeps the k largest logits (0: all; equals of
-    the k-th stay), `top_p` the likeliest values until their sum reaches p. `cfg_scale` s is
-    classifier-free guidance, `l_null + s (l_text - l_null)`: 1 is none. `cfg_schedule` "linear" rises from
-    1 at the first step to s at the last; `cfg_interval` are shares of the steps between which there is
-    guidance at all.
+    `temperature` 0 takes the likeliest value. `top_k` keeps the k largest logits and any equal to the k-th
+    (0: all), `top_p` the likeliest values until their probabilities sum to p. `cfg_scale` s is the strength
+    of classifier-free guidance, `l_null + s (l_text - l_null)`; 1 is none. `cfg_schedule` "linear" rises from
+    1 at the first step to s at the last; guidance is limited to the steps in `cfg_interval`, two shares of
+    all steps.
     """
 
     temperature: float = 1.0
@@ -57,7 +57,9 @@ class Sampling:
     def check(self, vocab_size: int) -> None:
         """Raises GenerationError for a setting out of range."""
         _in_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
-        if 0 < self.temperature < MIN_TEMPERATURE:  # logits over it would leave float32's range
+        if (
+            0 < self.temperature < MIN_TEMPERATURE
+        ):  # logits / temperature would exceed float32's range
             raise GenerationError(
                 f"temperature (={self.temperature}) must be 0 (the likeliest) or at least "
                 f"{MIN_TEMPERATURE:g}"
@@ -128,7 +130,7 @@ def guidance_scales(sampling: Sampling, steps: int) -> np.ndarray:
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """A bijection of uint32 in which every input bit turns every output bit half the time."""
+    """A bijection of uint32 in which every input bit flips every output bit half the time."""
     first, second = (np.uint32(m) for m in MULTIPLIERS)
     x = x ^ (x >> np.uint32(16))
     x = x * first
@@ -138,10 +140,10 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def step_keys(seed: int, images: Sequence[int], steps: int) -> np.ndarray:
-    """What a step's noise starts from: uint32 [steps, B, 2], by seed, number of the image, step."""
+    """Hash keys of each step's noise, uint32 [steps, B, 2], from seed, number of the image and step."""
     numbers = np.asarray(images, np.uint32)[None, :, None]
     step = np.arange(steps, dtype=np.uint32)[:, None, None]
-    # Two keys for each step: the noise of two steps is not one sequence at another offset.
+    # Two keys for each step, so that two steps' noise is never the same sequence at different offsets.
     key = np.array([0x243F6A88, 0x85A308D3], np.uint32)[None, None]
     for word in (np.uint32(seed & 0xFFFFFFFF), np.uint32(seed >> 32), numbers, step):
         key = mix((key ^ word) + np.uint32(GOLDEN))
@@ -149,7 +151,7 @@ def step_keys(seed: int, images: Sequence[int], steps: int) -> np.ndarray:
 
 
 def hash_values(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Keys uint32 [B, 2] and token values uint32 [V] -> hash uint32 [B, V]."""
+    """Keys uint32 [B, 2] and token values uint32 [V] -> hashes uint32 [B, V]."""
     x = mix(values * np.uint32(GOLDEN) + keys[:, :1])
     return mix(x ^ keys[:, 1:])
 
@@ -157,8 +159,8 @@ def hash_values(keys: np.ndarray, values: np.ndarray) -> np.ndarray:
 def gumbel(hashed: np.ndarray) -> np.ndarray:
     """uint32 -> float32 noise, -log(-log(1 - u)), u in (0, 1) from the upper 31 bits.
 
-    u is the same float32 everywhere: an int32 rounded to nearest, times a power of two, plus one. 1 - u
-    stands inside log1p, where small u, which are what makes large noise, keep all their bits.
+    u is the same float32 everywhere: an int32 rounded to nearest, times a power of two, plus one. 1 - u is
+    computed inside log1p, so that small u, which make large noise, keep all their bits.
     """
     u = (hashed >> np.uint32(1)).astype(np.int32).astype(np.float32)
     u = np.minimum(u * np.float32(2**-31) + np.float32(2**-32), np.float32(1 - 2**-24))
@@ -168,28 +170,27 @@ def gumbel(hashed: np.ndarray) -> np.ndarray:
 # -- a step ------------------------------------------------------------------------------------
 
 
-SHARE_BITS = 30  # of p, in top-p's integers
+SHARE_BITS = 30  # bits of p in top-p's integer arithmetic
 
 
 def largest_odds(values: int) -> int:
-    """What the odds of the likeliest of so many values are counted in: a power of two, and the sum of all is
-    at most 2^57."""
+    """The integer odds of the likeliest of `values` values: a power of two such that all sum to at most 2^57."""
     return 1 << min(40, 57 - (values - 1).bit_length())
 
 
 def share_of(total: Integers, p: float) -> Integers:
-    """The share p of `total` (int64 below 2^58, of any backend), rounded down, within int64."""
+    """p times `total` (int64 below 2^58, of any backend), rounded down, without overflowing int64."""
     share, low = round(p * (1 << SHARE_BITS)), (1 << SHARE_BITS) - 1
     return (total >> SHARE_BITS) * share + (((total & low) * share) >> SHARE_BITS)
 
 
 def keep(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Logits float32 [B, V], already over the temperature, with -inf for what the filters drop.
+    """Logits float32 [B, V], already divided by the temperature, with -inf for what the filters drop.
 
-    Both filters drop what lies below a threshold, so equal logits stay or go together: top-k's is the
-    k-th largest; top-p's the smallest of those k whose larger ones have a sum of probabilities below p.
-    The sum is of integers: one of float32 depends on its order, which over thousands of values decides
-    how many of the tail stay.
+    Both filters drop what is below a threshold, so equal logits are kept or dropped together. top-k's is the
+    k-th largest; top-p's the smallest of those k whose larger ones' probabilities sum to less than p.
+    Probabilities are summed as integers, because a float32 sum depends on its order, which over thousands
+    of values decides how much of the tail is kept.
     """
     V = logits.shape[-1]
     k = min(top_k, V) if top_k else V
