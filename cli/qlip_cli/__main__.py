@@ -1,14 +1,14 @@
-"""Where `qlip` and `python -m qlip_cli` begin; torchrun starts the latter so on every device."""
+"""The entry point of `qlip` and `python -m qlip_cli`; torchrun starts the latter on every device."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """`qlip_cli.main.main`. Importing it takes a moment, in which Ctrl-C just ends the process: Python's own
-    way shows a traceback of imports."""
+    """`qlip_cli.main.main`. While it is imported, Ctrl-C simply ends the process; by default Python would show
+    a traceback of imports."""
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # nobody's choice yet
+    if before is signal.default_int_handler:  # nobody has changed it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from qlip_cli import main as command
 

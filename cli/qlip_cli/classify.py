@@ -67,7 +67,7 @@ def classify(
             logits = network.logit_scale * vectors @ classes.T
             for position, shares in zip(positions, softmax(logits).tolist()):
                 ranked = sorted(zip(choices, shares), key=lambda choice: -choice[1])
-                # Thousands of labels for thousands of images need not stay in memory.
+                # Saves memory with thousands of labels and thousands of images.
                 results.append((files[position].name, ranked if json else ranked[:top]))
             advance(len(positions))
     failures.check_some_left()

@@ -111,7 +111,7 @@ def check(
 
 
 def report_lines(report: Report) -> list[str]:
-    """The report as text, a fact a line."""
+    """The report as text, one fact per line."""
     from qlip_core.data.check import MAX_KEYS
 
     shards = "" if report.shards is None else f" in {_many(report.shards, 'shard')}"

@@ -64,7 +64,7 @@ def decode(
     """
     files, failed = load_token_files(tokens)
     count = sum(len(part) for _, part in files)
-    several = count > 1 or bool(failed)  # what was asked for, whatever is left of it
+    several = count > 1 or bool(failed)  # as requested, even if only one could be read
     stem = "decoded" if len(files) + len(failed) > 1 else f"{files[0][0].stem}-decoded"
     given = (stem if several else f"{stem}.png") if output is None else output
     out = Path(given)
@@ -101,8 +101,8 @@ def decode(
 
 
 def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, TokenFileError]]:
-    """Every token file, read and checked, and what is wrong with the bad ones. Raises TokenFileError
-    where that leaves nothing to decode, after listing them all."""
+    """Every token file, read and checked, and the errors of the bad ones. Raises TokenFileError, after listing
+    those, if nothing is left to decode."""
     from qlip_core import VisualTokens
     from qlip_core.errors import TokenFileError
 
@@ -162,7 +162,7 @@ def tell(failed: Mapping[Path, TokenFileError], count: int) -> None:
 
 
 def wishes(files: TokenFiles) -> list[str]:
-    """What the images would like to be called: their names, or their file's and a number."""
+    """The preferred names of the images: their own, or their file's with a number."""
     return [
         name
         for path, part in files

@@ -1,4 +1,4 @@
-"""`qlip doctor`: what is installed, on which devices, and whether it computes what it should."""
+"""`qlip doctor`: what is installed, on which devices, and whether it computes correctly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlip_core.backends import Backend, Network
 
 PACKAGES = ("qlip", "numpy", "pillow", "tokenizers", "safetensors", "huggingface_hub")
-# What every backend promises in float32: bits equal where |u| is above the first, the rest within the second.
+# What every backend guarantees in float32: equal bits where |u| exceeds the first, the rest within the second.
 U_MARGIN, TOLERANCE = 1e-5, 1e-4
 _IMAGES = 4
 
@@ -113,7 +113,7 @@ def examine(name: str) -> dict[str, Any]:
         report["tests"] = [self_test(backend, device) for device in report["devices"]]
     except BackendError as error:
         report["error"] = str(error)
-    except Exception as error:  # whatever a broken framework raises is what the doctor is to find
+    except Exception as error:  # finding whatever a broken framework raises is the doctor's job
         report["error"] = f"{type(error).__name__}: {error}"
     return report
 
@@ -159,7 +159,7 @@ def self_test(backend: Backend, device: str) -> dict[str, Any]:
     except Exception as error:  # as above: any failure of a device is a finding
         return result | {"error": f"{type(error).__name__}: {error}"}
     differences = [result[key] for key in result if key.endswith("_difference")]
-    # Written so that NaN fails.
+    # Written so that NaN fails the comparison.
     good = all(difference <= TOLERANCE for difference in differences)
     return result | {"ok": good and result["bits_wrong"] == 0}
 

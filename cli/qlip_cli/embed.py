@@ -71,7 +71,7 @@ def embed(
     text_rows: list[np.ndarray] = []
     names: list[str] = []
     with progress("embedding", count) as advance:
-        # Texts first: that a checkpoint has no tokenizer is known before any image is read.
+        # Texts first, so that a missing tokenizer is reported before any image is read.
         for start in range(0, len(texts), 4 * batch_size):
             some = texts[start : start + 4 * batch_size]
             text_rows.append(network.embed_texts(some, batch_size=len(some)))
@@ -89,7 +89,7 @@ def embed(
 
     if not outputs:
         items = [
-            # The shortest decimals that give the same float32.
+            # The shortest decimals that convert back to the same float32.
             {"name": name, "kind": kind, "embedding": [float(str(x)) for x in vector]}
             for name, kind, vector in zip(names, kinds, vectors)
         ]
@@ -138,6 +138,6 @@ def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:
         with atomic_file(outputs[0]) as numbers, atomic_file(outputs[1]) as names:
             np.save(numbers, vectors, allow_pickle=False)
             names.write(jsonlib.dumps(metadata, indent=2).encode())
-            for file in (numbers, names):  # both are on the disk before one of them shows
+            for file in (numbers, names):  # both are on disk before either becomes visible
                 file.flush()
                 os.fsync(file.fileno())

@@ -45,14 +45,14 @@ def encode(
     from qlip_core.bsq import packed_bytes
     from qlip_core.tokens import VisualTokens, names_text
 
-    names_text([f.name for f in files])  # what cannot be saved is said before any work
+    names_text([f.name for f in files])  # raises for names that cannot be saved, before any work
     network = options.load_model(model, revision, backend, device, dtype)
 
     import numpy as np
 
     config = network.config
     row = packed_bytes(config.num_patches, config.code_dim)
-    # Filled in place: of each image only its packed bits and its name stay in memory.
+    # Filled in place, so that only each image's packed bits and name stay in memory.
     packed = np.empty((len(files), row), np.uint8)
     names: list[str] = []
     failures = Failures(files)

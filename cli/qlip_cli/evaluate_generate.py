@@ -1,4 +1,4 @@
-"""`qlip eval generate`: how good the pictures are that a model draws of prompts."""
+"""`qlip eval generate`: how good the pictures are that a model draws from prompts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qlip_core.evaluation.reconstruction import Features
 
 _EMOJI_PROMPTS = ("seen", "seen-names", "combinations")
-_SHEET = 400  # pictures on a sheet: more would be no picture to look at, and much memory
+_SHEET = 400  # pictures on a sheet; more would be too large to view, and take much memory
 
 
 def evaluate_generate(
@@ -179,7 +179,7 @@ def evaluate_generate(
 
 
 def _towers(source: str, backend: str, device: str, torch_device: str) -> Towers:
-    """Who CLIPScore is by: a QLIP, on the backend of the one that draws, or a CLIP, which needs torch."""
+    """What computes CLIPScore: a QLIP, on the backend of the one that draws, or a CLIP, which needs torch."""
     from qlip_core.evaluation.clip_score import QlipTowers, is_plain_clip
 
     if not is_plain_clip(source):
@@ -194,7 +194,7 @@ def _towers(source: str, backend: str, device: str, torch_device: str) -> Towers
 def _real(
     network: Model, data: str, limit: int | None, features: Features, batch_size: int
 ) -> RealPictures:
-    """What gFID compares with: the pictures of DATA, or held-out emoji scenes."""
+    """The real pictures for gFID: those of DATA, or held-out emoji scenes."""
     from qlip_core.evaluation import emoji, real_pictures
 
     if data == EMOJI:
@@ -207,7 +207,7 @@ def _real(
 
 
 def _save_sheet(path: Path, results: Sequence[Result], facts: dict[str, Any]) -> None:
-    """The results' grids one below the other, with what was drawn and how, as `qlip info` reads it."""
+    """Save the results' grids one below the other, with a record of how they were drawn for `qlip info`."""
     import numpy as np
 
     grids = [result.grid for result in results if result.grid is not None]

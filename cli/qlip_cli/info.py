@@ -88,7 +88,7 @@ def info(
 
 
 def describer(path: Path) -> Callable[[Path, bool], None] | None:
-    """What describes `path`, by what lies there; None for what must be a model."""
+    """The function that describes `path`, by what it is; None if it must be a model."""
     if kind := tokens_kind(path):
         return {"file": describe_tokens, "shard": describe_shard, "shards": describe_shards}[kind]
     if is_picture(path):
@@ -227,8 +227,8 @@ def model_document(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def generator_document(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Sizes and settings of the generator in the model's folder; None where there is none. One that does not
-    fit the model has a `problem` instead."""
+    """Sizes and settings of the generator in the model's folder; None if there is none. One that does not fit
+    the model has a `problem` instead."""
     from qlip_core.errors import QlipError
     from qlip_core.generator.load import find_generator
 
@@ -240,7 +240,7 @@ def generator_document(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 
 def towers_of(config: QLIPConfig) -> list[dict[str, Any]]:
-    """Layers, width, heads and parameters of the three towers and of the bottleneck between."""
+    """Layers, width, heads and parameters of the three towers and the bottleneck."""
     from qlip_core.architecture import parameter_count
 
     count = parameter_count(config)
@@ -266,11 +266,11 @@ def towers_of(config: QLIPConfig) -> list[dict[str, Any]]:
 def how_it_runs(
     name: str | None, revision: str | None, backend: str | None, device: str, dtype: str | None
 ) -> dict[str, Any]:
-    """Backend, device and dtype as they are chosen, and what weight quantization leaves as it was."""
+    """The chosen backend, device and dtype, and what weight quantization leaves unchanged."""
     model = options.load_model(name, revision, backend or "auto", device, dtype or "float32")
     out: dict[str, Any] = {"backend": model.backend, "device": model.device, "dtype": model.dtype}
     if model.dtype in ("int8", "int4"):
-        # Only MLX's network has weights of these types, and so a list of what is not.
+        # Only MLX's network has such weights, and thus a list of the unquantized ones.
         out["unquantized"] = model.network.unquantized()  # type: ignore[attr-defined]
     return out
 

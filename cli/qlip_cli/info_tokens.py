@@ -1,4 +1,4 @@
-"""What `qlip info` says of token files and token shards."""
+"""`qlip info` for token files and token shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From arguments to images and lines of text; and what to do with images that are bad."""
+"""From arguments to images and lines of text; handling of bad images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def standard_input() -> str:
-    """The path that "-" stands for. Raises QlipError where there is none."""
+    """The path that "-" stands for. Raises QlipError if there is none."""
     from qlip_core.errors import QlipError
 
     path = "/dev/stdin"
@@ -35,8 +35,8 @@ def standard_input() -> str:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a text file, or with "-" of stdin, that are not empty, stripped. Raises TextError if it is
-    no text file."""
+    """The non-empty lines, stripped, of a text file, or with "-" of stdin. Raises TextError if it is not a text
+    file."""
     from qlip_core.errors import TextError
 
     try:
@@ -55,8 +55,8 @@ def read_lines(path: Path) -> list[str]:
 class ImageFile:
     """An image to read, and what it is called in results and token files.
 
-    Strings in slots, since there may be millions: a Path takes five times the memory. `error` is what is
-    known to be wrong with it already, as with a folder that is locked.
+    Strings in slots, since there may be millions and a Path takes five times the memory. `error` is set if
+    something is already known to be wrong, such as a locked folder.
     """
 
     path: str
@@ -67,11 +67,10 @@ class ImageFile:
 def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
     """All images that the arguments stand for, in order.
 
-    Files are taken as they are, whatever their suffix (also those that do not exist: they are
-    reported with the bad ones). A folder stands for the image files below it, called by their path inside
-    it, and for the folders below it that cannot be read, which are bad ones too; a glob that the shell left
-    alone for the images and folders that match; "-" for standard input. Raises ImageError for a folder or a
-    glob without images, and for an empty name.
+    Files are taken as they are, whatever their suffix; missing ones are reported later with the bad ones. A
+    folder stands for the image files below it, named by their path inside it; unreadable folders below it
+    count as bad images. A glob that the shell did not expand stands for matching images and folders, "-" for
+    standard input. Raises ImageError for a folder or a glob without images, and for an empty name.
     """
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
     return found
@@ -81,12 +80,12 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
     from qlip_core.errors import ImageError
     from qlip_core.images import SUFFIXES
 
-    if not argument:  # as a variable of the shell that is not set
+    if not argument:  # such as an unset shell variable
         raise ImageError("the name of an image is empty")
     path = Path(argument)
     if argument == "-":
         return [ImageFile(standard_input(), "stdin")]
-    # Of os.path: a Path raises where a name is too long or its folder locked, which is the core's to report.
+    # os.path, because Path raises if a name is too long or its folder locked; the core reports those later.
     if os.path.isdir(argument):
         images = _in_folder(path, alone)
         if not images:
@@ -109,7 +108,7 @@ def _expand(argument: str, alone: bool) -> list[ImageFile]:
 def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
     from qlip_core.images import walk_files
 
-    # Beside other arguments two folders may hold the same names, so the folder's own goes first.
+    # With other arguments, two folders may hold the same names, so the folder's own name goes first.
     prefix = "" if alone else f"{folder.resolve().name}/"
     start = len(os.path.join(folder, ""))
     images: list[ImageFile] = []
@@ -124,14 +123,14 @@ def _in_folder(folder: Path, alone: bool) -> list[ImageFile]:
 
 
 def _own_name(path: Path) -> str:
-    """The path as typed, if it leads downwards from here, else its last part."""
+    """The path as typed, if it is below the current folder, else its last part."""
     down = not path.is_absolute() and ".." not in path.parts
     return path.as_posix() if down else path.name
 
 
 @dataclass
 class Failures:
-    """Images that could not be read: given to the core as `on_error`, told about at the end."""
+    """Collects images that could not be read (the core's `on_error`), for a report at the end."""
 
     images: list[ImageFile]
     errors: dict[int, ImageError] = field(default_factory=dict)

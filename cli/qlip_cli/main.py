@@ -1,4 +1,4 @@
-"""The `qlip` command: which commands there are, and what becomes of errors.
+"""The `qlip` command: the list of commands, and the handling of errors.
 
 A command is a function in a file of its own and one line here; a group of commands is a
 `typer.Typer` in a file of its own and one `add_typer` line.
@@ -83,9 +83,8 @@ def root(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0; 1 where some inputs failed; 2 for what the
-    user can mend; 70 for a bug; 130 when interrupted; 141 when nobody reads stdout any more; 143 after
-    SIGTERM."""
+    """Run the command line and return its exit status: 0; 1 if some inputs failed; 2 for errors that the
+    user can fix; 70 for a bug; 130 when interrupted; 141 if stdout is closed; 143 after SIGTERM."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     _make_lenient(sys.stdout)
     _make_lenient(sys.stderr)
@@ -97,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, which must not fail again.
+        # Python flushes stdout again at exit, which must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except KeyboardInterrupt:
@@ -115,12 +114,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class Terminated(BaseException):
-    """SIGTERM came: everything unwinds, as after Ctrl-C, and temporary files go."""
+    """Raised on SIGTERM, so that everything unwinds as after Ctrl-C and temporary files are removed."""
 
 
 @contextmanager
 def _terminable(arguments: list[str]) -> Iterator[None]:
-    """SIGTERM raises Terminated, once. A training run has a way of its own, which writes a checkpoint."""
+    """SIGTERM raises Terminated, once. A training run handles it itself and writes a checkpoint."""
     ours = threading.current_thread() is threading.main_thread() and arguments[0] != "train"
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -143,7 +142,7 @@ def _run(arguments: list[str]) -> int:
         code = command.main(arguments, prog_name="qlip", standalone_mode=False)
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except SystemExit as stop:  # typer's way to leave when a pipe breaks
+    except SystemExit as stop:  # how typer exits when a pipe breaks
         raise BrokenPipeError from stop
     if code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -151,11 +150,11 @@ def _run(arguments: list[str]) -> int:
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """(what to tell the user in one line, exit status)."""
-    usage = typer.BadParameter.__mro__[1]  # click's UsageError, which typer carries with it
+    """(one-line message for the user, exit status)."""
+    usage = typer.BadParameter.__mro__[1]  # UsageError of the click that typer includes
     if isinstance(error, usage):
         context = getattr(error, "ctx", None)
-        # The parser of options knows no command.
+        # Errors from the option parser have no context.
         where = f"`{context.command_path} --help`" if context else "the command's --help"
         text = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
         stop = "" if text.endswith("?") else ";"
@@ -168,15 +167,15 @@ def explain(error: Exception) -> tuple[str, int]:
         return (f"{error.filename}: {reason}" if error.filename else reason), USER_ERROR
     if isinstance(
         error, ValueError
-    ):  # all of qlip_core.errors, and what the core says of arguments
-        # A training run stopped by a signal says which, as a shell would.
+    ):  # all of qlip_core.errors, and the core's errors about arguments
+        # A training run stopped by a signal has its own exit code, as in a shell.
         return str(error), getattr(error, "exit_code", USER_ERROR)
     kind = type(error).__name__
     return f"internal: {kind}: {error}: this is a bug; --debug shows where it happened", BUG
 
 
 def _make_lenient(stream: object) -> None:
-    """File names need not be Unicode, nor terminals show all of it: neither ends a run."""
+    """File names may not be valid Unicode, and terminals may not show all of it; neither must end a run."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
 

@@ -140,7 +140,7 @@ def load_model(
     dtype: str,
     generator: Path | None = None,
 ) -> Model:
-    """`qlip_core.load`, without the hub's progress bars where nobody looks at a terminal."""
+    """`qlip_core.load`, without the hub's progress bars if stderr is not a terminal."""
     quiet_hub()
     import qlip_core
 

@@ -1,7 +1,7 @@
 """How a picture was drawn, written into the PNG and read back from it.
 
-Three text chunks: `Description` (the prompt) and `Software`, which other programs show, and `qlip`, one JSON
-object with all that the picture follows from.
+Three text chunks: `Description` (the prompt) and `Software`, which other programs show, and `qlip`, a JSON
+object with everything that determines the picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_picture(path: Path) -> bool:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `text_chunks` wrote. Raises ImageError for a picture that says nothing of the kind."""
+    """The record that `text_chunks` wrote. Raises ImageError for a picture without one."""
     from qlip_core.errors import ImageError
 
     try:
@@ -54,7 +54,7 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def _own_text(path: Path) -> str | None:
-    """The text chunk `qlip` of a PNG. Pixels are passed over, so a picture may be of any size."""
+    """The text chunk `qlip` of a PNG. Skips the pixels, so a picture may have any size."""
     from PIL.PngImagePlugin import PngStream
 
     with path.open("rb") as file:

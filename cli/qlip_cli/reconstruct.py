@@ -1,4 +1,4 @@
-"""`qlip reconstruct`: images beside what the tokenizer makes of them, as one picture."""
+"""`qlip reconstruct`: images beside their reconstructions, as one picture."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_ROWS = 32
 _GAP = 4
 _LINE = 15  # pixels of a line of a label
-_NARROW = 300  # a picture below this has its labels on two lines
+_NARROW = 300  # narrower pictures have their labels on two lines
 
 
 def reconstruct(
@@ -116,12 +116,12 @@ def reconstruct(
 
 
 def finite(value: float) -> float | None:
-    """JSON has no infinity, which is the PSNR of equal images."""
+    """None for infinity, the PSNR of equal images, which JSON does not have."""
     return value if value < float("inf") else None
 
 
 def picture_of(rows: list[Row]) -> Image.Image:
-    """One picture, a row for each image, labelled above; one row alone has no label."""
+    """One picture with a row for each image, labelled above; a single row has no label."""
     from PIL import Image, ImageDraw, ImageFont
 
     side = rows[0][2].shape[0]
@@ -143,7 +143,7 @@ def picture_of(rows: list[Row]) -> Image.Image:
 
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Cut in front, as the ends of names and labels tell more."""
+    """Cut at the start, since the ends of names and labels say more."""
     from qlip_core.images import drawable
 
     text = drawable(printable(text))

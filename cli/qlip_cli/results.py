@@ -1,4 +1,4 @@
-"""What the commands of `qlip eval` share: what they measure, and their results on stdout and in files."""
+"""Shared by the commands of `qlip eval`: their data, and their results on stdout and in files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def count_of(examples: Examples) -> int | None:
 def metrics_of(
     lpips: str | None, inception: str | None, device: str
 ) -> tuple[PairMetric | None, Features | None]:
-    """The learned metrics asked for; they need torch, whatever runs the model."""
+    """The requested learned metrics; they need torch, whatever backend runs the model."""
     if lpips is None and inception is None:
         return None, None
     from qlip_core.evaluation.learned import learned_metrics
@@ -104,7 +104,7 @@ def show(
     json: bool,
     pictures: Sequence[Path] = (),
 ) -> None:
-    """Results on stdout, their files, what was broken on stderr; exit 1 if anything was."""
+    """Print results to stdout, write their files, list broken examples on stderr; exit 1 if there are any."""
     for name, result in results:
         saving.write(name, result)
     if json:
@@ -142,14 +142,14 @@ def show(
 
 
 def _judges(result: Result) -> list[tuple[str, str]]:
-    """Who or what gave the scores of drawn pictures, and why one is absent."""
+    """What scored the drawn pictures, and why any score is missing."""
     judged, left_out = (result.details.get(key, {}) for key in ("judged_by", "left_out"))
     said = [(f"{name} by", str(who)) for name, who in judged.items()]
     return said + [("left out", f"{name}: {why}") for name, why in left_out.items()]
 
 
 def _drawn(result: Result) -> list[tuple[str, str]]:
-    """What drew the pictures, and how, where they were drawn."""
+    """What drew the pictures and how, if they were drawn."""
     facts, settings = dict(result.protocol.drawn_by), result.protocol.settings
     if not facts:
         return []

@@ -1,4 +1,4 @@
-"""What people see: results on stdout, everything else on stderr."""
+"""Output for people: results on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_WIDE = 10_000  # columns of an output that is not a terminal: nothing is cut there
-_PATIENCE = 2.0  # seconds before a progress bar shows
+_WIDE = 10_000  # columns if the output is not a terminal, so that nothing is cut
+_PATIENCE = 2.0  # seconds before a progress bar appears
 _BAR = 36
 
-# A stream that was closed (`>&-`) is None, and its number goes to the next file that is opened.
+# A closed stream (`>&-`) is None, and the next file opened would get its number.
 if sys.stdout is None:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 if sys.stderr is None:
@@ -31,7 +31,7 @@ if sys.stderr is None:
 
 def print_json(document: Any) -> None:
     """One JSON document, the only thing on stdout."""
-    # What a terminal cannot show is escaped as JSON has it.
+    # Characters that a terminal cannot show are escaped as in JSON.
     ascii_only = (sys.stdout.encoding or "").lower() not in ("utf-8", "utf8")
     print(json.dumps(document, indent=2, ensure_ascii=ascii_only, allow_nan=False))
 
@@ -41,8 +41,8 @@ def print_line(text: str) -> None:
 
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str], *, indent: int = 0) -> None:
-    """Columns under a header; the first is text and is cut where the terminal is narrow, the others
-    stand to the right."""
+    """Columns under a header; the first is text and is cut if the terminal is narrow, the others are aligned
+    right."""
     table = _table()
     for i, title in enumerate(header):
         column = [title, *(row[i] for row in rows)]
@@ -165,11 +165,11 @@ def print_error(text: str) -> None:
 
 
 def _tell(line: str) -> None:
-    """To stderr. That nothing can be written there does not change what becomes of the work."""
+    """Write to stderr. If that fails, the work still goes on."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  Python flushes it once more at exit
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  Python flushes it again at exit
 
 
 def printable(text: str) -> str:
@@ -179,8 +179,8 @@ def printable(text: str) -> str:
 
 @contextmanager
 def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Gives a function to report items done; `total` None where their number is unknown. A bar shows
-    on stderr, if that is a terminal, once this has taken two seconds, and is gone at the end."""
+    """Yields a function that reports items done; `total` is None if their number is unknown. A bar appears on
+    stderr, if that is a terminal, after two seconds, and disappears at the end."""
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield lambda count: None
         return
@@ -203,7 +203,7 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
     finally:
         timer.cancel()
-        timer.join()  # a bar that is just starting must not start after it was stopped
+        timer.join()  # so that the bar cannot start after it was stopped
         if bar.live.is_started:
             bar.stop()
 

@@ -127,7 +127,7 @@ def tokenize(
 def place(
     rank: int | None, world_size: int | None, environment: Mapping[str, str]
 ) -> tuple[int, int]:
-    """(rank, world size): as the options say, else as torchrun says, else alone."""
+    """(rank, world size): from the options, else from torchrun, else alone."""
     from qlip_core.errors import QlipError
 
     if (rank is None) != (world_size is None):
@@ -146,7 +146,7 @@ def place(
 
 
 def own_device(backend: str, device: str) -> str:
-    """For one of several processes that torchrun started here, with "auto": a GPU of its own."""
+    """With "auto", a separate GPU for each of several processes that torchrun started here."""
     local = os.environ.get("LOCAL_RANK", "")
     if device != "auto" or not local.isdigit():
         return device
@@ -156,11 +156,11 @@ def own_device(backend: str, device: str) -> str:
     return gpus[int(local) % len(gpus)] if gpus else device
 
 
-# -- what is told ------------------------------------------------------------------------------
+# -- reports -----------------------------------------------------------------------------------
 
 
 def check_some_good(report: Report) -> None:
-    """Raises DataError where there was nothing that could be used."""
+    """Raises DataError if no sample could be used."""
     from qlip_core.data.samples import NO_CAPTION
     from qlip_core.errors import DataError
 
@@ -173,7 +173,7 @@ def check_some_good(report: Report) -> None:
             note(f"  {line}")
         advice = "`qlip data check` shows what is in the set"
         if NO_CAPTION in report.skipped.counts:
-            # A shard that is there is left as it was made, so the option alone would change nothing.
+            # Existing shards are left as they are, so the option alone would change nothing.
             advice = "--no-captions --force takes pictures without a caption"
         raise DataError(
             f"none of the {report.skipped.total} samples could be used ({reasons(report)}): {advice}"
@@ -258,8 +258,8 @@ def tell(report: Report) -> None:
 
 
 def exit_code(report: Report) -> int:
-    """1 where something was left out, but never under torchrun: it takes that for a crash and stops
-    the other processes, at every new start again. Readers refuse a set with a shard missing anyway."""
+    """1 if something was left out, but never under torchrun, which would take that for a crash and stop the
+    other processes, again at every restart. Readers refuse a set with a missing shard anyway."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
     return 1 if report.failed or report.skipped.total else 0

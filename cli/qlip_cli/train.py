@@ -1,4 +1,4 @@
-"""`qlip train`: recipes to models, on a backend that can train."""
+"""`qlip train`: trains models from recipes, on a backend that can train."""
 
 from __future__ import annotations
 
@@ -173,12 +173,12 @@ def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: 
 
 
 def _first() -> bool:
-    """Whether this is the process that speaks, of those that torchrun started."""
+    """Whether this is the process, of those that torchrun started, that prints."""
     return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 
 
 def _sources(data: list[str] | None, where: str = "data") -> list[str]:
-    """--data as a change of the recipe."""
+    """--data as changes to the recipe."""
     from qlip_core.training import toml_string
 
     if not data:
@@ -188,7 +188,7 @@ def _sources(data: list[str] | None, where: str = "data") -> list[str]:
 
 
 def _generator_sources(data: list[str] | None) -> list[str]:
-    """The same for a generator: token shards, of which there is one set, or images."""
+    """The same for a generator: one set of token shards, or images."""
     from qlip_core.data.token_shards import is_token_set
     from qlip_core.training import toml_string
 
