@@ -86,7 +86,7 @@ def measure(form: str, tokens: int, bits: int, size: int, device: str, threads: 
 
 
 def run_case(form: str, args: argparse.Namespace, tokens: int, size: int) -> dict | None:
-    """The case in its own process; None where it ran out of memory."""
+    """Run the case in its own process; None if it ran out of memory."""
     case = [form, tokens, args.bits, size, args.device, args.threads]
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     done = subprocess.run(command, capture_output=True, text=True)

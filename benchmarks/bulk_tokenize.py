@@ -3,11 +3,11 @@
     python benchmarks/bulk_tokenize.py [--size mid] [--images 256] [--backend torch] [--dtype float32]
 
 End to end means tars of 640 x 480 JPEGs read, decoded, resized, encoded, packed and written. Weights are
-random. Every round runs both, one after the other, so that what else the machine does falls on both alike;
-the share is that of the medians over the rounds, and the goal 90 %. Exits 1 below it.
+random. Every round runs both in turn, so that other load on the machine affects both alike; the share is
+that of the medians over the rounds, and the goal 90 %. Exits 1 below it.
 
-"mid" is B-16's shape with 6 layers of width 384: where a model is much cheaper than decoding a JPEG (about
-6 ms of a core), no overlap helps, and cores decide.
+"mid" is B-16's shape with 6 layers of width 384: if a model is much cheaper than decoding a JPEG (about 6 ms
+of a core), overlap does not help, and the number of cores decides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PRESETS = {"tiny": "tiny", "b-16": "qlip-b-16-256", "b-8": "qlip-b-8-256", "l-1
 
 
 def config_of(size: str) -> QLIPConfig:
-    """A preset with a small text tower, which takes no part in this, or "mid"."""
+    """A preset with a small text tower, which is not used here, or "mid"."""
     if size != "mid":
         config = PRESETS[_PRESETS[size]]
     else:
@@ -88,7 +88,7 @@ def bare(model: qlip.Model, pixels: np.ndarray, images: int) -> float:
 
 
 def end_to_end(model: qlip.Model, tars: str, out: Path, batch_size: int) -> float:
-    """Images a second of `qlip tokenize` without the start of its process."""
+    """Images a second of `qlip tokenize`, without the time to start its process."""
     start = time.perf_counter()
     report = tokenize(model, open_source(tars), out, batch_size=batch_size)
     return report.encoded / (time.perf_counter() - start)

@@ -44,7 +44,7 @@ def folder_of(root: Path, count: int) -> Path:
 
 
 def peak(arguments: list[str]) -> tuple[float, float]:
-    """(MB, seconds) of one command. To be called in a fresh process: children share one maximum."""
+    """(MB, seconds) of one command. Call it in a fresh process, because children share one maximum."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *QLIP, *arguments], check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - start

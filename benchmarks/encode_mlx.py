@@ -3,15 +3,15 @@
     python benchmarks/encode_mlx.py [--batch 8] [--rounds 7] [--blas /path/to/libblas.so.3]
     python benchmarks/encode_mlx.py --device gpu       # Metal or CUDA, by dtype, without PyTorch
 
-B-16 with random weights, float32. MLX's Linux build comes with an untuned BLAS; a tuned one is put in
-its place when the process starts, by hand like so (Debian's package libopenblas0-pthread):
+B-16 with random weights, float32. MLX's Linux build comes with an untuned BLAS; preload a tuned one to
+replace it when the process starts (Debian's package libopenblas0-pthread):
 
     LD_PRELOAD=/usr/lib/x86_64-linux-gnu/openblas-pthread/libblas.so.3 OPENBLAS_NUM_THREADS=1 qlip ...
 
 One BLAS thread, because the backend already runs a part of the batch on each core. The script does
-this for its MLX process where it finds that library, and says which rate a 2048-cube product then
-reaches. Each library runs in a process of its own; rounds alternate between them, so that what else
-the machine does falls on both, and the table shows medians over the rounds.
+this for its MLX process if it finds that library, and reports the rate that a 2048-cube product then
+reaches. Each library runs in its own process; rounds alternate between them, so that other load on the
+machine affects both, and the table shows medians over the rounds.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def mlx_product(device: str) -> tuple[Callable[[], object], float]:
 
 
 def serve(backend: str, device: str, dtype: str, batch: int) -> None:
-    """Time every path once for each line on stdin, after a first time to warm up."""
+    """Time every path once for each line on stdin, after a warm-up."""
     calls = paths(backend, device, dtype, batch)
     for call, _ in calls.values():
         call()

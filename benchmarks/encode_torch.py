@@ -3,9 +3,9 @@
     python benchmarks/encode_torch.py                  # CPU, B-16, batch 8, float32 and bfloat16
     python benchmarks/encode_torch.py --device cuda    # B-16, B-8 and L-14: bfloat16 compiled, float32
 
-Weights are random. "share" is the model's FLOPs (2 a multiply-add, products only) a second over the
+Weights are random. "share" is the model's FLOPs per second (2 per multiply-add, products only) over the
 rate of a plain 2048-cube product (8192 on CUDA) in the same dtype. Every round measures the product
-and each path once, in turn, so that what else the machine does falls on all of them; the table shows
+and each path once, in turn, so that other load on the machine affects all of them; the table shows
 medians over the rounds.
 """
 
@@ -191,7 +191,7 @@ def cuda(batch: int, rounds: int, limit_s: float) -> None:
         ):
             if time.perf_counter() - began > limit_s:
                 return
-            torch.compiler.reset()  # past eight variants of the blocks torch compiles no more
+            torch.compiler.reset()  # after eight variants of the blocks, torch stops compiling
             backend = TorchBackend(compile=compile)
             network = backend.network(config, weights, device="cuda:0", dtype=dtype)
             start = time.perf_counter()

@@ -35,7 +35,7 @@ from qlip_core.generator.config import PRESETS, GeneratorConfig
 from qlip_core.generator.network import Captions, Draw, GeneratorNetwork
 from qlip_core.generator.sampling import Sampling, guidance_scales, step_keys
 
-CHUNK = 16  # sub-tokens between two that the device is waited for
+CHUNK = 16  # sub-tokens between two waits for the device
 Timed = Callable[[], float]  # runs once, gives seconds
 
 
@@ -55,7 +55,7 @@ def order_of(config: GeneratorConfig, batch: int, tokens: int, sampling: Samplin
 
 
 def drawing(network: GeneratorNetwork, order: Draw) -> Timed:
-    """Seconds from the moment the first chunk is there, so without the prefix."""
+    """Seconds from when the first chunk is done, which excludes the prefix."""
 
     def run() -> float:
         chunks = network.draw(order)
@@ -181,7 +181,7 @@ LLAMAGEN = {"L": (13.72, 3.48), "XL": (19.76, 4.84)}
 
 
 def random_on_cuda(config: GeneratorConfig, compile: bool, kernels: bool) -> GeneratorNetwork:
-    """As `TorchBackend.generator`, with weights made where they stay."""
+    """Like `TorchBackend.generator`, with weights created on the device."""
     import torch
 
     from qlip_torch.backend import on_device
@@ -230,7 +230,7 @@ def cuda(rounds: int, compile: bool, kernels: bool, seconds: float) -> None:
     began = time.perf_counter()
     for size, batches in (("B", (1, 8, 64)), ("L", (1,)), ("XL", (1, 8, 64))):
         config = PRESETS[size]
-        torch.compiler.reset()  # past eight variants of the blocks torch compiles no more
+        torch.compiler.reset()  # after eight variants of the blocks, torch stops compiling
         network = random_on_cuda(config, compile, kernels)
         for batch in batches:
             # Guided: one picture costs two rows.

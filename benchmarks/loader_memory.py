@@ -57,7 +57,7 @@ def _megabytes() -> float:
 
 
 def load(tars: str, count: int) -> tuple[float, float]:
-    """(peak MB, seconds) of one pass of the training loader. To be called in a fresh process."""
+    """(peak MB, seconds) of one pass of the training loader. Call it in a fresh process."""
     from qlip_torch.train.data import DataConfig, Source, make_loader
 
     def ids(texts: Sequence[str]) -> np.ndarray:

@@ -2,9 +2,9 @@
 
     python benchmarks/startup.py [--runs 9] [--backends numpy,mlx]
 
-Each run is a fresh process, as from a shell. The median is what counts; the least says what the
-machine can do when nothing else runs. `import numpy` and an empty Python stand beside them, since
-no start can be faster.
+Each run is a fresh process, as from a shell. The median is what counts; the least shows what the machine
+can do when nothing else runs. `import numpy` and an empty Python are listed too, since no start can be
+faster.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python benchmarks/train_memory.py [--preset qlip-b-16-256] [--cases 0,3,4,6,7]
 
 The cases are train_torch.py's, and the steps are the trainer's own, run on fake tensors: shapes without
-values, so that sizes which no CPU could hold take minutes and hardly any memory. Counted are the bytes of
-all tensors alive at once, each rounded up to 512 as CUDA's allocator does, at most in each of two steps. The
-blocks are not compiled, whatever the case says; what the allocator keeps aside, libraries' workspaces and
-what custom kernels allocate inside are not seen. The first figure is of what stays between steps: weights,
+values, so that sizes which no CPU could hold take minutes and hardly any memory. It reports the peak, in
+each of two steps, of the bytes of all live tensors, each rounded up to 512 as CUDA's allocator does. The
+blocks are not compiled, whatever the case says; the allocator's reserves, libraries' workspaces and
+allocations inside custom kernels are not counted. The first figure is what stays between steps: weights,
 the optimizer's state, and in stage 2 LPIPS and the discriminator. Stage 2's first step has the discriminator's
-R1 penalty, as every sixteenth has, sixteen images at a time; the second has none.
+R1 penalty, like every sixteenth step, sixteen images at a time; the second has none.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ from qlip_torch.train.stage2 import PARTS as STAGE2_PARTS
 from qlip_torch.train.stage2 import build_stage2
 
 _ROUND = 512
-"""CUDA's allocator gives memory in multiples of so many bytes."""
+"""CUDA's allocator rounds up to multiples of this many bytes."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of all storages that operations have made and that are still referred to; `peak` is their most."""
+    """Bytes of all storages that operations made and that are still referenced; `peak` is their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _rotate(self: Rotary, x: Tensor) -> Tensor:
-    """As on a GPU; on a CPU the trainer rotates otherwise, with other tensors in between."""
+    """As on a GPU; on a CPU the trainer rotates differently, with other intermediate tensors."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     first, second = x.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = self.cos.to(dtype), self.sin.to(dtype)
@@ -89,7 +89,7 @@ def _rotate(self: Rotary, x: Tensor) -> Tensor:
 
 
 def _look(self: stages.Stage, found: Any, norm: Any, step: int) -> tuple[Any, ...]:
-    """In place of what reads the losses' values, which fake tensors lack."""
+    """Replaces the method that reads the losses' values, which fake tensors do not have."""
     return dict.fromkeys(found.terms, 0.0), 0.0, None, None
 
 

@@ -1,13 +1,13 @@
-"""What `qlip train` costs beside the arithmetic: CPU time of its loop, against a bare loop's.
+"""The overhead of `qlip train`: CPU time of its loop, against a bare loop's.
 
     python benchmarks/train_overhead.py [--recipe emoji] [--steps 60] [--bare 20]
 
 The whole loop is stage 1 of the recipe as `qlip train` runs it: pictures drawn, prepared and collated,
-metrics, pictures, looks at gradients, checkpoints. Data are made in the process itself (no workers), so
-that all of it is in this process's CPU time. The bare loop is the same network, losses and optimizer on
-one batch of random pictures. Both run on one thread; half of the bare steps come before the whole loop and
-half after it. Printed are medians of CPU time a step, and the mean of the whole loop, which has what
-happens seldom too. Exits 1 if the ratio of the medians is over 1.33.
+metrics, pictures, gradient probes, checkpoints. Data is made in the process itself (no workers), so that
+all of it is in this process's CPU time. The bare loop is the same network, losses and optimizer on one batch
+of random pictures. Both run on one thread; half of the bare steps come before the whole loop and half after
+it. It prints medians of CPU time per step, and the mean of the whole loop, which includes rare work.
+Exits 1 if the ratio of the medians is over 1.33.
 """
 
 from __future__ import annotations

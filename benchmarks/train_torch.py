@@ -3,10 +3,10 @@
     python benchmarks/train_torch.py [--preset qlip-b-16-256] [--steps 4] [--seconds 600]
 
 The steps are the trainer's own (forward, losses, backward, clipping, optimizer) on random pictures and
-captions that lie on the device, so that data costs nothing. FLOPs are model FLOPs (qlip_torch.train.throughput):
-what activation checkpointing or feature-cached accumulation compute twice counts once. The share is of the
+captions already on the device, so that data costs nothing. FLOPs are model FLOPs (qlip_torch.train.throughput):
+what activation checkpointing or feature-cached accumulation computes twice counts once. The share is of the
 rate that a plain bfloat16 product of 8192 reaches in the same run. The paper trains B-16 with 51 GB at a
-batch of 2,048 a device and 28 GB at 1,024 (stage 1), and 42 GB at 256 with LPIPS and GAN (stage 2).
+batch of 2,048 per device and 28 GB at 1,024 (stage 1), and 42 GB at 256 with LPIPS and GAN (stage 2).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Case:
     checkpointing: bool = False
     stage: int = 1
     limit_gb: float | None = None
-    """What the paper needs."""
+    """The memory that the paper reports."""
 
     @property
     def engine(self) -> EngineRecipe:
