@@ -146,7 +146,7 @@ def zero_shot(
     if data == EMOJI:
         names = ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"]
     saving = Saving(out, names, force)
-    said = read_lines(templates) if templates is not None else ["{}"]
+    wordings = read_lines(templates) if templates is not None else ["{}"]
     network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot
@@ -170,7 +170,7 @@ def zero_shot(
                 network,
                 examples,
                 every,
-                templates=said,
+                templates=wordings,
                 told=told,
                 batch_size=batch_size,
                 progress=advance,

@@ -88,9 +88,9 @@ def _samples(
         image, caption, about = emoji.sample(index)
         picture = io.BytesIO()
         Image.fromarray(image).save(picture, "png", optimize=True)
-        told = json.dumps(about, separators=(",", ":")).encode()
+        metadata = json.dumps(about, separators=(",", ":")).encode()
         # No dot in a key: WebDataset takes everything after the first dot as the extension.
         key = f"emoji-{emoji.split}-{emoji.seed}-{index:08d}"
-        yield key, {"png": picture.getvalue(), "txt": caption.encode(), "json": told}
+        yield key, {"png": picture.getvalue(), "txt": caption.encode(), "json": metadata}
         if progress is not None:
             progress(1)

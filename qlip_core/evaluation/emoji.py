@@ -71,13 +71,13 @@ class EmojiExamples:
 
     def __iter__(self) -> Iterator[Example]:
         emoji = self._emoji
-        said: set[str] = set()
+        used: set[str] = set()
         index = found = 0
         while found < self.count:
             scene = emoji.scene(index)
             caption = full_caption(scene) if self.wording == "full" else emoji.caption(scene)
-            if self.wording != "full" or caption not in said:
-                said.add(caption)
+            if self.wording != "full" or caption not in used:
+                used.add(caption)
                 found += 1
                 label = caption if self.plain else ""
                 key = f"emoji-{self.split}-{self.seed}-{index:08d}"

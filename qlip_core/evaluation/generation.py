@@ -175,8 +175,8 @@ class _Measured:
         start = len(self._cosines)
         asked = [self._prompts.prompts[i // self._n] for i in range(start, start + len(pictures))]
         seen = self._judge.embed_images(pictures)
-        said = self._judge.embed_texts([prompt.text for prompt in asked])
-        self._cosines += clip_scores(seen, said).tolist()
+        texts = self._judge.embed_texts([prompt.text for prompt in asked])
+        self._cosines += clip_scores(seen, texts).tolist()
         if self._classes is not None:
             if self._judge is not self._own:
                 seen = self._own.embed_images(pictures)
@@ -240,9 +240,9 @@ class _Measured:
     def sheet(self, scale: int) -> np.ndarray | None:
         if not self._kept:
             return None
-        said = [self._prompts.prompts[i // self._n].text for i in range(len(self._kept))]
+        captions = [self._prompts.prompts[i // self._n].text for i in range(len(self._kept))]
         columns = self._n if 1 < self._n <= 2 * _COLUMNS else _COLUMNS
-        return draw_sheet(self._prompts.name, self._kept, said, columns, scale)
+        return draw_sheet(self._prompts.name, self._kept, captions, columns, scale)
 
 
 # -- what draws --------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def evaluate_linear_probe(
         raise ValueError(f"features {list(features)}: choose from {', '.join(FEATURES)}")
     reference = ReferenceHash()
     fitted = _extract(model, train, None, batch_size, reference, progress)
-    classes = sorted(set(fitted.said))
+    classes = sorted(set(fitted.labels))
     if len(classes) < 2:
         raise DataError(
             f"{train.name}: {len(classes)} classes with labels; a probe needs 2 or more"
@@ -54,7 +54,7 @@ def evaluate_linear_probe(
     held = _extract(model, test, classes, batch_size, reference, progress)
     number = {name: i for i, name in enumerate(classes)}
     labels, test_labels = (
-        np.array([number[name] for name in each.said]) for each in (fitted, held)
+        np.array([number[name] for name in each.labels]) for each in (fitted, held)
     )
 
     scores: dict[str, float | None] = {}
@@ -75,11 +75,11 @@ def evaluate_linear_probe(
         model,
         "linear probe",
         f"{train.name} -> {test.name}",
-        len(held.said),
+        len(held.labels),
         reference.hexdigest(),
         uses_text=False,
         settings={
-            "train_count": len(fitted.said),
+            "train_count": len(fitted.labels),
             "classes": len(classes),
             "layer": "last, before post_layernorm",
             "l2": list(L2),
@@ -112,7 +112,7 @@ def choose_l2(
 @dataclass(frozen=True)
 class _Extracted:
     states: np.ndarray  # float32 [n, 2, D]: CLS, mean of patches
-    said: list[str]  # the label of each
+    labels: list[str]  # the label of each
     broken: Tally
 
 
@@ -135,11 +135,11 @@ def _extract(
                 raise DataError(
                     f"{examples.name}: {example.key}: label {example.label!r} is not in training"
                 )
-        said = [example.label for example in chunk]
-        reference.add(model.preprocessing.to_images(pixels), said)
+        names = [example.label for example in chunk]
+        reference.add(model.preprocessing.to_images(pixels), names)
         hidden = model.hidden_states(pixels, -1, batch_size=batch_size)  # [b, N+1, D]
         states.append(np.stack([hidden[:, 0], hidden[:, 1:].mean(1)], axis=1))
-        labels += said
+        labels += names
         if progress is not None:
             progress(len(chunk))
     check_some(len(labels), examples, broken)

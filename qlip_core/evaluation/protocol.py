@@ -166,7 +166,7 @@ class ReferenceHash:
 
 
 def text_hash(texts: Iterable[str]) -> str:
-    """SHA-256 of a list of texts."""
+    """SHA-256 of a sequence of texts."""
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 

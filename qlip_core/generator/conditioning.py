@@ -109,15 +109,15 @@ def encode_prompts(
     shape = (len(prompts), config.prefix_length, config.condition_size)
     features, valid = np.zeros(shape, np.float32), np.ones(shape[:2], bool)
     null = np.array([not prompt.strip() for prompt in prompts], bool)
-    told = list(dict.fromkeys(p for p, absent in zip(prompts, null) if not absent))
-    if told:
-        values, places = conditioner(told)
+    distinct = list(dict.fromkeys(p for p, absent in zip(prompts, null) if not absent))
+    if distinct:
+        values, places = conditioner(distinct)
         if values.shape[1:] != shape[1:]:
             raise GenerationError(
                 f"the conditioner gives {list(values.shape[1:])} per caption, the generator takes "
                 f"{list(shape[1:])} (prefix_length, condition_size): it was made for another conditioner"
             )
-        row = {prompt: i for i, prompt in enumerate(told)}
+        row = {prompt: i for i, prompt in enumerate(distinct)}
         for i, prompt in enumerate(prompts):
             if prompt in row:
                 features[i], valid[i] = values[row[prompt]], places[row[prompt]]
