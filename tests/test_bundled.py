@@ -106,7 +106,7 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt() -> None
     prompts = ["a cat", "a red apple on a blue background"]
     model = qlip.load(backend="torch")
     tokens = model.generate_tokens(prompts, seed=0)
-    # Each alone: what is drawn beside it is no matter.
+    # One at a time: what else is drawn does not matter.
     for backend, i in (("numpy", 0), ("mlx", 1)):
         alone = qlip.load(backend=backend).generate_tokens(prompts[i], seed=0)
         np.testing.assert_array_equal(alone.bits[0], tokens.bits[i])
@@ -121,7 +121,7 @@ def test_one_seed_is_one_picture_on_every_backend_and_heeds_its_prompt() -> None
 
 
 def test_it_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unless something of that name lies here."""
+    """Unless something of that name exists here."""
     monkeypatch.chdir(tmp_path)
     assert find_model("bundled") == find_model(None) == BUNDLED
     for name in (None, "bundled"):

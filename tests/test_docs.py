@@ -1,4 +1,4 @@
-"""What the documentation points at is there."""
+"""Whatever the documentation points to exists."""
 
 from __future__ import annotations
 

@@ -436,7 +436,7 @@ def test_a_sheet_holds_pictures_in_order() -> None:
     np.testing.assert_array_equal(sheet, plain)  # no boxes for what the font does not have
     few = draw_sheet("x" * 500, pictures[:1], ["a b c d e f g"], 2, scale=4)
     assert few.shape == (16 + 68, 36, 3) and (few[:, 34:] == 255)[:16].all()
-    # A third line is told of by an ellipsis at the end of the second.
+    # An ellipsis at the end of the second line marks a third.
     cut = draw_sheet("x", pictures[:1], ["aaaa bbbb"], 2, scale=4)
     more = draw_sheet("x", pictures[:1], ["aaaa bbbb cccc"], 2, scale=4)
     assert (cut[:-20] == more[:-20]).all() and (cut != more).any()

@@ -588,7 +588,7 @@ def test_tokens_of_a_generator_are_the_tokenizers(model: Model) -> None:
 
 
 def without_recording(recording: Recording, number: int, limit: int) -> SimpleNamespace:
-    """For `Recording._record`: a step that is done anew instead of recorded."""
+    """For `Recording._record`: a step that is run each time instead of recorded."""
 
     def replay() -> None:
         recording.state.cache.limit = limit

@@ -1,4 +1,4 @@
-"""The MLX backend: what is its own. That it equals the reference is tests/test_backends.py."""
+"""The MLX backend: what is specific to it. tests/test_backends.py compares it with the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training's parts by themselves, without a run: export, frozen parts, what is told and kept."""
+"""Parts of training without a run: export, frozen parts, logs and state."""
 
 from __future__ import annotations
 
