@@ -412,7 +412,7 @@ def test_prompts_become_captions() -> None:
     captions = encode_prompts(["a", "", "bb", "a", " "], Fixed(), BASE)
     np.testing.assert_array_equal(captions.null, [0, 1, 0, 0, 1])
     np.testing.assert_array_equal(captions.features[:, 0, 0], [1, 0, 2, 1, 0])
-    with pytest.raises(GenerationError, match=r"gives \[5, 12\] a caption, .* takes \[5, 13\]"):
+    with pytest.raises(GenerationError, match=r"gives \[5, 12\] per caption, .* takes \[5, 13\]"):
         encode_prompts(["a", "bb"], Fixed(), replace(BASE, condition_size=13))
 
 
