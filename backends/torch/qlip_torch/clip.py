@@ -15,6 +15,7 @@ from qlip_core.errors import BackendError, TextError
 from qlip_core.hub import find_model, hub_id
 from qlip_core.preprocessing import Preprocessing
 from qlip_core.text import Tokenizer
+from qlip_torch.evaluation import exact_inference
 from qlip_torch.pretrained import pretrained
 from qlip_torch.weight_files import sha256_of, weight_files
 
@@ -44,7 +45,7 @@ class ClipTowers:
         self.name = name
         self.protocol = f"CLIP at {preprocessing.size} px, weights {weights}"
 
-    @torch.inference_mode()
+    @exact_inference()
     def embed_images(self, images: np.ndarray) -> np.ndarray:
         """uint8 [B, S, S, 3] to float32 [B, P], unit length."""
         out = []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -11,6 +14,13 @@ from qlip_torch.weight_files import sha256_of, weight_files
 
 # Inception at 299 px needs tens of MB per image.
 _IMAGES_AT_ONCE = 32
+
+
+@contextmanager
+def exact_inference() -> Iterator[None]:
+    """Inference with convolutions in float32, as on a CPU: cuDNN would round what they multiply to TensorFloat-32."""
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
 
 
 class LpipsMetric:
@@ -23,7 +33,7 @@ class LpipsMetric:
 
     def __call__(self, a: np.ndarray, b: np.ndarray) -> np.ndarray:
         out = []
-        with torch.inference_mode():
+        with exact_inference():
             for start in range(0, len(a), _IMAGES_AT_ONCE):
                 rows = slice(start, start + _IMAGES_AT_ONCE)
                 x, y = (_tensor(images[rows], self._device) / 127.5 - 1 for images in (a, b))
@@ -44,7 +54,7 @@ class InceptionFeatures:
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
         out = []
-        with torch.inference_mode():
+        with exact_inference():
             for start in range(0, len(images), _IMAGES_AT_ONCE):
                 x = _tensor(images[start : start + _IMAGES_AT_ONCE], self._device)
                 out.append(self._model(x).cpu().numpy())
