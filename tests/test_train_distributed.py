@@ -99,7 +99,8 @@ def test_shards_train_stage_2(single: Path, tmp_path: Path) -> None:
     stage1 = f"stage2.start={single / 'single'}"
     options = ["--stage", "2", "--set", "engine.parallel=fsdp", "--set", stage1]
     told = finish(start_run(single / "recipe.toml", tmp_path / "fsdp", *options, ranks=2))
-    assert "Warning" not in told, told
+    # FSDP2's warning that gradients would be wrong.
+    assert "returned a view" not in told, told
     same_curve(tmp_path / "fsdp", single / "single", 2)
 
 
