@@ -96,9 +96,8 @@ def train(
     stage: "1", "2" or "all" (None: all, or with `resume` what the run was started with). resume: continue
     from the newest checkpoint in `out` (from the beginning if there is none yet); the recipe may then be
     None, for the one in `out`. steps: replaces the number of steps of each stage that is run. dry_run:
-    make the plan and build everything, without a step and without touching `out`. measure: whether what was
-    trained is tried on held-out pictures at the end. say: takes the plan
-    and what was found, a line at a time, on the first rank.
+    make the plan and build everything, without a step and without touching `out`. measure: evaluate the result
+    on held-out pictures at the end. say: receives the plan and the results, a line at a time, on the first rank.
 
     Raises RecipeError for what cannot be run, NonFiniteError when a loss stops being finite,
     Interrupted (with an `exit_code`) after SIGTERM or Ctrl-C, PeerError when another process died.
