@@ -196,6 +196,9 @@ def test_it_learns(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["images"] == 60 * 16 and list(last["learning_rates"]) == ["generator"]
     assert (tmp_path / "run" / "curves.png").is_file()  # also without pictures
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert "60 steps in" in report and "![curves](curves.png)" in report
+    assert f"| cross_entropy | {losses[0]:.4f} | {losses[-1]:.4f} |" in report
 
 
 def test_rows_made_ahead_are_the_same_rows(place: Path) -> None:

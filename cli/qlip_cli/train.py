@@ -126,7 +126,7 @@ def train(
         recipe = name
     if mode == GENERATOR:
         made = trainer.train_generator(recipe, settings, **how)
-        return _tell(made, [made["generator"]], json, dry_run)
+        return _tell(made, [made["generator"], made["report"]], json, dry_run)
     result = trainer.train(recipe, settings, stage=stage, **how)
     _tell(result, [*result["models"].values(), result["report"]], json, dry_run)
 

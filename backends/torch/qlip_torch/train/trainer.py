@@ -51,9 +51,12 @@ class TorchTrainer:
         """Raises what `qlip_torch.train.generator.run.train_generator` does."""
         chosen = None if recipe is None else GeneratorRecipe.load(recipe, changes)
         result = train_generator(chosen, out=out, resume=resume, steps=steps, dry_run=dry_run)
-        generator = None if result.generator is None else str(result.generator)
-        plan = result.plan and {**asdict(result.plan), "bytes": result.plan.bytes}
-        return {"out": str(result.out), "generator": generator, "plan": plan}
+        return {
+            "out": str(result.out),
+            "generator": None if result.generator is None else str(result.generator),
+            "report": None if result.report is None else str(result.report),
+            "plan": result.plan and {**asdict(result.plan), "bytes": result.plan.bytes},
+        }
 
     def balance(
         self,

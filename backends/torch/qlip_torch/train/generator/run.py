@@ -3,6 +3,7 @@
 OUT/recipe.toml    the recipe as run
 OUT/metrics.jsonl, curves.png, pictures/, checkpoints/
 OUT/generator/     the trained generator, once all steps are done
+OUT/report.md      the results
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from qlip_torch.train.lock import only_run_in
 from qlip_torch.train.loop import Parts, metrics_of, resumed, train_stage
 from qlip_torch.train.metrics import read_metrics
 from qlip_torch.train.plan import planned_on
+from qlip_torch.train.report import REPORT, write_generator_report
 from qlip_torch.train.run_folder import (
     RECIPE,
     check_begun,
@@ -57,6 +59,8 @@ class GeneratorResult:
     out: Path
     generator: Path | None
     """The exported generator; None after a dry run."""
+    report: Path | None
+    """None after a dry run, and in folders of runs that wrote none."""
     plan: GeneratorPlan | None
     """On the first rank, unless the run was already finished."""
 
@@ -81,14 +85,15 @@ def train_generator(
     with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
         run = _Run(recipe, out, world, stop, say)
         if dry_run:
-            return GeneratorResult(out, None, run.dry())
+            return GeneratorResult(out, None, None, run.dry())
         with only_run_in(out) if world.is_first else nullcontext():
             if world.is_first:
                 check_begun(out, recipe, resume)  # again: another run may just have ended
                 write_text(out / RECIPE, recipe.to_toml())
             world.barrier()
             plan = run.train()
-    return GeneratorResult(out, out / FOLDER, plan)
+    report = out / REPORT
+    return GeneratorResult(out, out / FOLDER, report if report.is_file() else None, plan)
 
 
 def _settled(
@@ -149,6 +154,10 @@ class _Run:
             self._steps(stage, checkpoints, done, data)
         if world.is_first:
             save_curves(out / "curves.png", read_metrics(out))
+            write_generator_report(
+                out, recipe, world.device, world.size, self.tokenizer.checkpoint.folder
+            )
+            # Last: with it the run counts as finished.
             export_generator(out, out / FOLDER)
         world.barrier()
         return plan
