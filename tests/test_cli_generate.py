@@ -166,6 +166,9 @@ def test_a_sheet_and_tokens_beside_and_in_a_folder(cli: Qlip) -> None:
     drawn = cli("generate", "a cat", "-n", "2", "--grid", "-o", "v1.2")
     assert (drawn.code, drawn.out.split(":")[0]) == (0, "v1.2/a-cat-0.png")
     assert pixels("v1.2/a-cat-0.png").shape == (64, 130, 3)
+    # As a variable of the shell that is not set: this folder, not the root.
+    drawn = cli("generate", "a cat", "-n", "2", "--grid", "-o", "")
+    assert (drawn.code, drawn.out.split(":")[0]) == (0, "a-cat-0.png")
     assert cli("generate", "b", "c", "-o", "v1.2", "--save-tokens").code == 0
     assert Path("v1.2.qlip").is_file()
     with pytest.raises(qlip.QlipError, match="has no place beside it"):

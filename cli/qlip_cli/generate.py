@@ -97,7 +97,7 @@ def generate(
     default = names[0] if count == 1 else sheet_name if grid else "generated"
     given = default if output is None else output
     if grid and count > 1 and is_folder(given):
-        given = f"{given}/{sheet_name}"
+        given = str(Path(given, sheet_name))
     out = Path(given)
     single = (count == 1 or grid) and not is_folder(given)
     picture = picture_file(out, [], force=force) if single else None
