@@ -1084,3 +1084,14 @@ def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
     assert found.mse == mse and found.align == align
     assert found.ratio == pytest.approx(align / mse, rel=5e-3)
     assert Recipe.from_file(found.recipe).stage1.mse == found.weight_mse
+
+
+def test_the_probes_of_a_recipe_without_a_name_have_one(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(
+        "qlip_torch.train.balance.train", lambda recipe, **_: names.append(recipe.name)
+    )
+    balance(recipe_of(place, name=""), out=tmp_path, dry_run=True)
+    assert names == ["reconstruction alone", "alignment alone"]

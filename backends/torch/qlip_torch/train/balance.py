@@ -63,10 +63,12 @@ def balance(
         if getattr(recipe.stage1, name) <= 0:
             raise RecipeError(f"stage1.{name} is 0: there is nothing to balance")
     for name, changes in PROBES.items():
-        probe = replace(recipe, name=f"{recipe.name}, {name} alone", description=_ABOUT)
+        which = f"{name} alone"
+        called = f"{recipe.name}, {which}" if recipe.name else which
+        probe = replace(recipe, name=called, description=_ABOUT)
 
-        def say(line: str, name: str = name) -> None:
-            to_stderr(f"{name} alone: {line.strip()}")
+        def say(line: str, which: str = which) -> None:
+            to_stderr(f"{which}: {line.strip()}")
 
         train(
             probe.changed(changes),
