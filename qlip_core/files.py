@@ -15,7 +15,7 @@ from qlip_core.errors import DataError
 
 @contextlib.contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Gives what the system says of a write its file, which it names on opening alone: a full disk comes later."""
+    """Adds `path` to an OSError that names no file: the system does so only on opening, not when a disk is full."""
     try:
         yield
     except OSError as error:

@@ -23,8 +23,8 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def is_folder(output: str | Path) -> bool:
-    """Whether an output as it was given names a folder: one that is there, or, by a slash at its end, which
-    pathlib drops, one that may not be."""
+    """Whether an output, as typed, names a folder: an existing one, or any name that ends in a slash (which
+    pathlib would drop)."""
     return str(output).endswith(("/", os.sep)) or Path(output).is_dir()
 
 
@@ -38,11 +38,10 @@ def output_file(
     made: Path | None = None,
 ) -> Path:
     """The file to write: `out`, or `default` in it if it names a folder, or here. `option` names it, and `made`
-    is a folder, checked already, that will be there by then.
+    is a folder, already checked, that will exist by the time of writing.
 
-    Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or no
-    regular file, or lies in a folder that is absent or cannot be written to. A link stands for what it
-    leads to.
+    Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or not a
+    regular file, or is in a folder that does not exist or cannot be written to. A link stands for its target.
     """
     path = Path(default) if out is None else Path(out, default) if is_folder(out) else Path(out)
     check_free(path, force=force, inputs=inputs, option=option)

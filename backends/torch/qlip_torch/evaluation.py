@@ -18,7 +18,7 @@ _IMAGES_AT_ONCE = 32
 
 @contextmanager
 def exact_inference() -> Iterator[None]:
-    """Inference with convolutions in float32, as on a CPU: cuDNN would round what they multiply to TensorFloat-32."""
+    """Inference with convolutions in float32, as on a CPU; by default cuDNN rounds their inputs to TensorFloat-32."""
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
 

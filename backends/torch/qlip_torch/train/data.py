@@ -191,8 +191,8 @@ class Loader:
         """Stop the workers. Safe to call twice."""
         items, self._items, self._closed = self._items, None, True
         if items is not None and self._loader.num_workers:
-            # Letting go of it is not enough: the traceback of an error in it holds it until the trainer's own end,
-            # which would then wait for workers that no longer hear of it.
+            # Dropping the reference is not enough: the traceback of an error keeps the iterator alive until the
+            # trainer exits, which would then wait for workers that nobody has told to stop.
             items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
 
     def __enter__(self) -> Loader:

@@ -15,7 +15,7 @@ from qlip_core.preprocessing import Preprocessing
 
 _GAP = 2
 
-# What is drawn on a logarithmic axis where it spans a power of ten, and how the numbers of `metrics.jsonl` are called.
+# Drawn on a logarithmic axis if the values span a power of ten; and titles for the numbers of `metrics.jsonl`.
 _LOGARITHMIC = ("mse", "align", "gradient_norm")
 _TITLES = {
     "mse": "squared error of pixels",
@@ -115,7 +115,7 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         axis.set_title(_TITLES.get(name) or name.replace("_", " "), fontsize=9)
         labelled(axis)
         axis.grid(alpha=0.3)
-        # Empty until the first line is written. On less than a power of ten the labels would all be the same.
+        # Empty until the first line is written. Over less than a power of ten, labels would all be the same.
         values = [y for _, y in points]
         if points and name in _LOGARITHMIC and max(values) > 10 * min(values) > 0:
             logarithmic(axis)

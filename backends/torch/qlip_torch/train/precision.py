@@ -16,8 +16,8 @@ if TYPE_CHECKING:  # evaluation uses this module without recipes
 
 @dataclass(frozen=True)
 class Precision:
-    """Whether a step takes products in bfloat16 (`half`), on which device, and those that stay float32 in
-    TensorFloat-32 (`tf32`)."""
+    """Whether a step computes products in bfloat16 (`half`), on which device, and whether its remaining float32
+    products use TensorFloat-32 (`tf32`)."""
 
     half: bool
     device: torch.device
@@ -38,8 +38,8 @@ class Precision:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Float32 products as a step takes them. The switch is the whole process's, and what a run does between
-        steps stays exact: a frozen tokenizer's tokens are those of `qlip tokenize`."""
+        """Sets how a step computes float32 products. The setting is global, so it is restored afterwards: between
+        steps products stay exact, and a frozen tokenizer's tokens are those of `qlip tokenize`."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         try:

@@ -96,7 +96,7 @@ def _named(term: str, perceptual: str) -> str:
 
 
 def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """The values of each loss in the steps that have it: R1 is taken every so many alone."""
+    """The values of each loss, from the lines that have it: R1, for one, is not computed in every step."""
     out: dict[str, list[float]] = {}
     for line in metrics:
         for name, value in line["terms"].items():
@@ -105,7 +105,7 @@ def _terms(metrics: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 def _progress(steps: int, metrics: list[dict[str, Any]], perceptual: str = "") -> list[str]:
-    """How long the steps took, and what became of each loss."""
+    """How long the steps took, each loss's first and last value, and the skipped samples."""
     if not metrics:
         return []
     last = metrics[-1]

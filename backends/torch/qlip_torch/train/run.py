@@ -270,8 +270,7 @@ class _Run:
         return start if number == 1 else replace(start, origin=(THIS_RUN,))
 
     def report(self, models: dict[int, Path], measure: bool) -> Path | None:
-        """Write report.md, with what the models do on held-out pictures if they are to be measured; on the first
-        rank."""
+        """Write report.md on the first rank; with `measure`, after evaluating the models on held-out pictures."""
         if not self.world.is_first:
             return None
         found: dict[int, list[str]] = {}

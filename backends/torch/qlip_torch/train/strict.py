@@ -1,7 +1,7 @@
 """Strict settings: frozen dataclasses from TOML and back.
 
-An unknown key is an error that names it and the nearest valid one; one for a value of the wrong type says
-what it should be; errors from a dataclass's own checks begin with the field, and its place is put before it.
+The error for an unknown key names it and the nearest valid one; that for a value of the wrong type says what
+it should be. Errors from a dataclass's own checks begin with the field; its place in the tree is added.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class GeneratorStepsRecipe(StepsRecipe):
 
 @dataclass(frozen=True)
 class GeneratorLogRecipe:
-    """How often things are logged, in steps; 0 is never. Pictures are drawn of `prompts` with `seed`."""
+    """How often things are logged, in steps; 0 is never. Each time, pictures of `prompts` are drawn with `seed`."""
 
     metrics: int = 10
     pictures: int = 1000

@@ -203,7 +203,8 @@ class _Run:
 
     def _feed(self, stage: GeneratorStage, data: dict[str, Any] | None) -> Prepared:
         feed = make_feed(self.recipe, self.config, self.tokenizer, self.world, data)
-        # In a thread beside a step its TensorFloat-32 would reach the tokenizer (`Precision.products`).
+        # Not with TensorFloat-32: while a step runs, the setting would also affect a thread that tokenizes
+        # (`Precision.products`).
         ahead = self.world.device.type == "cuda" and not self.recipe.engine.tf32
         return Prepared(feed, stage.inputs, ahead=ahead)
 
