@@ -165,9 +165,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
         return (f"{error.filename}: {reason}" if error.filename else reason), USER_ERROR
-    if isinstance(
-        error, ValueError
-    ):  # all of qlip_core.errors, and the core's errors about arguments
+    # All of qlip_core.errors, and the core's errors about arguments.
+    if isinstance(error, ValueError):
         # A training run stopped by a signal has its own exit code, as in a shell.
         return str(error), getattr(error, "exit_code", USER_ERROR)
     kind = type(error).__name__

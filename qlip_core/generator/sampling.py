@@ -57,9 +57,8 @@ class Sampling:
     def check(self, vocab_size: int) -> None:
         """Raises GenerationError for a setting out of range."""
         _in_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
-        if (
-            0 < self.temperature < MIN_TEMPERATURE
-        ):  # logits / temperature would exceed float32's range
+        # Below it, logits / temperature would exceed float32's range.
+        if 0 < self.temperature < MIN_TEMPERATURE:
             raise GenerationError(
                 f"temperature (={self.temperature}) must be 0 (the likeliest) or at least "
                 f"{MIN_TEMPERATURE:g}"

@@ -153,9 +153,8 @@ class Checkpoints:
         later = [path for path in _complete(self.folder) if path.name > newest.name]
         for path in [*later, *older[: max(0, len(older) + 1 - self._keep)]]:
             self._clear(path)
-        for path in self.folder.glob(
-            ".step-*"
-        ):  # half written or half removed when a run was killed
+        # Half written or half removed when a run was killed.
+        for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def _clear(self, path: Path) -> None:
