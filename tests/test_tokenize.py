@@ -519,7 +519,7 @@ def test_what_the_command_prints(cli: Qlip, tars: str) -> None:
         ["images", "11, each 8x8 patches of 28 bits, 224 bytes"],
     ]
     ran = cli("tokenize", tars, "-o", "out")
-    assert "2 shards made, 2 there already" in ran.out
+    assert "2 shards made, 2 already there" in ran.out
 
 
 def test_info_tells_what_a_shard_holds(
@@ -575,7 +575,7 @@ def test_what_a_user_did_wrong(cli: Qlip, tars: str) -> None:
         (["absent.tar", "-o", "out"], "absent.tar: no such file or folder"),
         ([tars, "-o", "file"], "file: exists and is not a folder"),
         (["file.PNG", "-o", "out"], "file.PNG: is an image: name the folder of the images"),
-        ([tars, "-o", "cut"], "to make it anew, delete it and run the same command again"),
+        ([tars, "-o", "cut"], "to make it again, delete it and run the same command again"),
         ([tars, "-o", "absent/out"], "absent does not exist"),
         ([tars], "missing option"),
         ([tars, "-o", "o", "--augmentation", "crop"], "must be one of none, flip"),

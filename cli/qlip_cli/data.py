@@ -36,7 +36,7 @@ def emoji(
     plain: Annotated[
         bool, typer.Option("--plain", help="One large glyph on a plain background each.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures a shard.")] = 1000,
+    shard_size: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures per shard.")] = 1000,
     font: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Colour-emoji font (default: the first one found)."),

@@ -75,7 +75,7 @@ def generate(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Draw pictures of prompts.
+    """Draw pictures from prompts.
 
     PROMPT is what to draw, in quotes; an empty one draws without a caption. One picture becomes a PNG,
     several a folder of PNGs, or with --grid one sheet. Settings that are not given are the generator's own.
@@ -151,7 +151,7 @@ def collect_prompts(given: list[str] | None, file: Path | None) -> list[str]:
 
     lines = [] if file is None else read_lines(file)
     if file is not None and not lines:
-        raise TextError(f"{file}: no prompts in it; they stand one a line")
+        raise TextError(f"{file}: no prompts in it; write one on each line")
     prompts = [*(given or []), *lines]
     if not prompts:
         raise TextError(

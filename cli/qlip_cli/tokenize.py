@@ -71,7 +71,7 @@ def tokenize(
             metavar="N",
             min=1,
             show_default=False,
-            help="Threads that decode images (default: one more than there are cores, at most 16).",
+            help="Threads that decode images (default: one more than the cores, at most 16).",
         ),
     ] = None,
     model: ModelName = None,
@@ -85,7 +85,7 @@ def tokenize(
 ) -> None:
     """Tokenize a set of captioned pictures, once, to train on.
 
-    Shards that are there already are left as they are: after an interruption, run the same command again.
+    Existing shards are left as they are: after an interruption, run the same command again.
     Samples that cannot be used are left out, listed and counted, and the exit status is 1 (under torchrun
     0, since any other would make it stop the other processes).
     """
@@ -220,7 +220,7 @@ def facts(
     flips = ", with mirror images" if settings.flips else ""
     kept = report.mine - report.made - len(report.failed)
     shards = f"{count_text(report.made, 'shard')} made" + (
-        f", {kept} there already" if kept else ""
+        f", {kept} already there" if kept else ""
     )
     if processes > 1:
         shards += f", of {report.shards} in all (process {rank} of {processes})"

@@ -164,9 +164,9 @@ def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
         header = read_header(path)
     except TokenFileError as error:
         raise TokenFileError(
-            f"{error}; to make it anew, delete it and run the same command again"
+            f"{error}; to make it again, delete it and run the same command again"
         ) from None
-    # Made of what there was of an archive that broke off, a download say. It has come whole since.
+    # Made from an archive that was incomplete then, such as an unfinished download, and is complete now.
     cut = BROKEN_ARCHIVE in header.skipped["counts"]
     if cut and not header.origin.same_input(unit.origin):
         return False
