@@ -119,7 +119,7 @@ class VisualTokens:
 
     @property
     def bits(self) -> np.ndarray:
-        """uint8 0/1 [B, N, L], unpacked anew at each access."""
+        """uint8 0/1 [B, N, L], unpacked again at each access."""
         return bsq.unpack(self.packed, self.num_patches, self.length)
 
     def indices(self) -> np.ndarray:

@@ -78,11 +78,11 @@ def tokenize(
 ) -> Report:
     """Tokenize `rank`'s shards of `source` into the folder `out`, which is created if needed.
 
-    `shard_size` is images a shard where `source` is a folder; `workers` threads decode; `force` makes
-    shards anew that are there; `progress` is called with the number of images done since the last call. A bad
-    sample is left out and counted, and a shard that cannot be read is left for the next run; both are in the
-    report. Raises TokenFileError where `out` holds shards of other settings or another set, QlipError for a
-    model without bits.
+    `shard_size` is images per shard if `source` is a folder; `workers` threads decode; `force` replaces
+    existing shards; `progress` is called with the number of images done since the last call. A bad sample is
+    left out and counted, and a shard that cannot be read is left for the next run; both are in the report.
+    Raises TokenFileError if `out` holds shards of other settings or another set, QlipError for a model
+    without bits.
     """
     check_batch_size(batch_size)
     if world_size < 1:

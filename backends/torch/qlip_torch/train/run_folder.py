@@ -23,7 +23,7 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# -- what lies where ---------------------------------------------------------------------------
+# -- files of a run ----------------------------------------------------------------------------
 
 
 def stage_folders(run: Path) -> list[Path]:
@@ -55,7 +55,7 @@ def kept_recipe(kind: type[R], out: Path) -> R:
     return kind.from_file(kept, f"--resume --out {out}")
 
 
-# -- which recipe may go on --------------------------------------------------------------------
+# -- which recipe may continue a run -----------------------------------------------------------
 
 
 def begun(out: Path) -> bool:
