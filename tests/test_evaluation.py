@@ -617,6 +617,25 @@ def test_lpips_metric_is_the_training_module() -> None:
     np.testing.assert_allclose(metric(a, a), 0, atol=1e-6)
 
 
+def test_learned_metrics_convolve_exactly_and_leave_the_settings(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from qlip_torch.evaluation import lpips_metric
+
+    cudnn = torch.backends.cudnn
+    metric, seen = lpips_metric("random"), []
+    monkeypatch.setattr(cudnn, "deterministic", True)
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda *_: seen.append((cudnn.allow_tf32, cudnn.deterministic))
+    )
+    with hook:
+        metric(np.stack(pictures(1)), np.stack(pictures(1, seed=1)))
+    assert set(seen) == {(False, True)}
+    assert cudnn.allow_tf32 and cudnn.deterministic
+
+
 # -- the command -------------------------------------------------------------------------------
 
 

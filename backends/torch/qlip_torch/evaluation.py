@@ -19,8 +19,14 @@ _IMAGES_AT_ONCE = 32
 @contextmanager
 def exact_inference() -> Iterator[None]:
     """Inference with convolutions in float32, as on a CPU; by default cuDNN rounds their inputs to TensorFloat-32."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
+    before = torch.backends.cudnn.allow_tf32
+    # Not `cudnn.flags`, which also resets whether algorithms are deterministic or benchmarked.
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class LpipsMetric:
