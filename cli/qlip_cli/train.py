@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli.options import Force, Json, quiet_hub
+from qlip_cli.outputs import refuse_stdout
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
 if TYPE_CHECKING:
@@ -83,6 +84,8 @@ def train(
     from qlip_core.training import get_trainer
 
     quiet_hub()
+    if out is not None:
+        refuse_stdout(out, "folder")
     trainer = get_trainer(backend)
     mode, rest = "", list(words or [])
     if rest and rest[0] in (GENERATOR, BALANCE, EXPORT):

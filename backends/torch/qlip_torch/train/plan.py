@@ -333,10 +333,13 @@ def activation_bytes(
                 else:
                     network = Stage2Network(model, precision)
                     outputs = network(*network.encode(pixels), True)
-                    made, real = outputs.reconstruction, outputs.real
+                    reconstruction, real = outputs.reconstruction, outputs.real
                     for module in extra:
                         with precision.autocast():
-                            module(made, real) if isinstance(module, Lpips) else module(made)
+                            if isinstance(module, Lpips):
+                                module(reconstruction, real)
+                            else:
+                                module(reconstruction)
             kept.append(found.total(engine.activation_checkpointing))
             del outputs
     return kept[1] - kept[0]
