@@ -73,13 +73,14 @@ def save_curves(path: Path, lines: list[dict[str, Any]]) -> bool:
         from matplotlib.axes import Axes
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-        from matplotlib.ticker import LogFormatter, MaxNLocator
+        from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator
     except ImportError:
         return False
 
     def logarithmic(axis: Axes) -> None:
         axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(LogFormatter())  # 0.1, not 10^-1
+        # 0.1, not 1e-01 or 10^-1.
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(LogFormatter())
 
     def labelled(axis: Axes) -> None:
