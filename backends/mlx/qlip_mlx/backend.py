@@ -7,7 +7,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -19,7 +19,7 @@ from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
 from qlip_core.text import pooled_position
 from qlip_mlx import generator
-from qlip_mlx.kernels import FUSED, PLAIN_CPU
+from qlip_mlx.kernels import FUSED, PLAIN_CPU, layout_for_vectors
 from qlip_mlx.model import QLIP, load, unquantized
 from qlip_mlx.sampler import MlxGenerator
 
@@ -82,9 +82,8 @@ class MlxBackend:
         kind, bits = DTYPES[dtype]
         linux_cpu = _on_linux_cpu(device)
         with scope(device):
-            model = generator.load(
-                config, weights, dtype=kind, bits=bits, kernels=PLAIN_CPU if linux_cpu else FUSED
-            )
+            kernels = replace(PLAIN_CPU, lay_out=layout_for_vectors()) if linux_cpu else FUSED
+            model = generator.load(config, weights, dtype=kind, bits=bits, kernels=kernels)
         aside = _streams(1)[0] if linux_cpu else None
         return MlxGenerator(model, device, dtype, kind, partial(scope, device), aside)
 

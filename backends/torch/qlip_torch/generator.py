@@ -65,8 +65,8 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """One query over all positions so far: q [B, H, 1, d], k and v [B, K, S, d] -> [B, 1, H*d].
 
-    For the CPU, whose fused kernel is made for many queries (for a single one in bfloat16 it takes up to
-    seven times as long as this), and for torch.compile, which fuses this with the operations around it.
+    For the CPU, whose fused kernel is made for many queries, and for torch.compile, which fuses this with the
+    operations around it.
     """
     B, H, _, d = q.shape
     grouped = (
@@ -162,13 +162,14 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.put(k, v)
+            q = q.to(k.dtype)  # on the CPU a cache is float32 whatever the weights are
         if q.shape[2] == 1 and (q.device.type == "cpu" or torch.compiler.is_compiling()):
-            return self.o_proj(attend_once(q, k, v, mask))
+            return self.o_proj(attend_once(q, k, v, mask).to(x.dtype))
         if self.heads != self.groups:
             k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, Q, D] -> queries [B, Q, H, d], keys and values [B, Q, K, d]."""
