@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import mlx.core as mx
@@ -164,6 +165,18 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     for _ in range(5):
         network.encode(pixels)
         assert mx.get_active_memory() <= held
+
+
+@pytest.mark.parametrize("before, after", [(None, "0"), ("1", "1")])
+def test_float32_products_are_not_rounded_to_tf32_unless_the_user_wants_it(
+    before: str | None, after: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLX_ENABLE_TF32", raising=False)
+    if before is not None:
+        monkeypatch.setenv("MLX_ENABLE_TF32", before)
+    config = CONFIGURATIONS["eva"]
+    mlx_network(config, random_weights(config))
+    assert os.environ["MLX_ENABLE_TF32"] == after
 
 
 def test_backend_describes_itself() -> None:

@@ -68,6 +68,7 @@ class MlxBackend:
     def network(
         self, config: QLIPConfig, weights: Weights, *, device: str, dtype: str
     ) -> MlxNetwork:
+        _full_float32()
         compile = device == "gpu" if self.compile is None else self.compile
         return MlxNetwork(config, weights, device=device, dtype=dtype, compile=compile)
 
@@ -79,6 +80,7 @@ class MlxBackend:
         device: str,
         dtype: str,
     ) -> GeneratorNetwork:
+        _full_float32()
         kind, bits = DTYPES[dtype]
         linux_cpu = _on_linux_cpu(device)
         with scope(device):
@@ -195,6 +197,15 @@ def scope(device: str) -> Iterator[None]:
             yield
     finally:
         mx.set_cache_limit(before)
+
+
+def _full_float32() -> None:
+    """Ask MLX for full float32 products, unless the user has set MLX_ENABLE_TF32.
+
+    By default the GPUs of Apple's M5 and later, and CUDA's, round the factors of a float32 product to about
+    11 bits, which changes bits. MLX reads this variable once, at the process's first product on a GPU.
+    """
+    os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 
 def _on_linux_cpu(device: str) -> bool:
