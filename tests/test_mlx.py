@@ -20,7 +20,7 @@ from qlip_core import reference
 from qlip_core.architecture import PARTS, ArrayWeights, architecture
 from qlip_core.bsq import bits_to_codes
 from qlip_core.config import PRESETS, QLIPConfig
-from qlip_core.errors import CheckpointError
+from qlip_core.errors import BackendError, CheckpointError
 from qlip_core.text import pooled_position
 from qlip_mlx import BACKEND, QLIP, MlxBackend, load
 from qlip_mlx.kernels import (
@@ -184,6 +184,15 @@ def test_backend_describes_itself() -> None:
     assert BACKEND.dtypes == ("float32", "bfloat16", "float16", "int8", "int4")
     assert BACKEND.version()[0].isdigit()
     assert BACKEND.devices()[-1] == "cpu"
+
+
+def test_a_mac_without_metal_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_device(_: object) -> dict:
+        raise RuntimeError("No Metal device available")
+
+    monkeypatch.setattr(mx, "device_info", no_device)
+    with pytest.raises(BackendError, match=r"No Metal device available.*use another backend"):
+        BACKEND.devices()
 
 
 # -- the modules -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 
 from qlip_core.backends import Weights
 from qlip_core.config import QLIPConfig
+from qlip_core.errors import BackendError
 from qlip_core.generator.config import GeneratorConfig
 from qlip_core.generator.network import GeneratorNetwork
 from qlip_core.text import pooled_position
@@ -62,7 +63,14 @@ class MlxBackend:
         return importlib.metadata.version("mlx")
 
     def devices(self) -> list[str]:
-        """`gpu` is Metal on a Mac, CUDA in MLX's CUDA build."""
+        """`gpu` is Metal on a Mac, CUDA in MLX's CUDA build. Raises BackendError on a Mac without Metal."""
+        try:
+            # Opens Metal, without which MLX's Mac build cannot even use the CPU. `is_available` does not try.
+            mx.device_info(mx.gpu)
+        except RuntimeError as error:
+            raise BackendError(
+                f"MLX cannot use this machine ({error}): use another backend"
+            ) from error
         return [name for name, device in DEVICES.items() if mx.is_available(device)]
 
     def network(
