@@ -529,11 +529,17 @@ def test_debug_and_bugs(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.err.startswith("error: internal: KeyError: 'surprise'") and "--debug" in run.err
     assert run.err.count("\n") == 1
 
-    def hungry(*_: object, **__: object) -> NoReturn:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20 GiB")
+    for words in (
+        "CUDA out of memory. Tried to allocate 20 GiB",
+        "[METAL] Command buffer execution failed: Insufficient Memory",
+        "[malloc] Unable to allocate 20000000000 bytes.",
+    ):
 
-    monkeypatch.setattr("qlip_core.load", hungry)
-    assert "lower --batch-size" in cli("encode", "good.png").error
+        def hungry(*_: object, words: str = words, **__: object) -> NoReturn:
+            raise RuntimeError(words)
+
+        monkeypatch.setattr("qlip_core.load", hungry)
+        assert "lower --batch-size" in cli("encode", "good.png").error
 
 
 COMMAND = [sys.executable, "-m", "qlip_cli.main"]

@@ -159,8 +159,7 @@ def explain(error: Exception) -> tuple[str, int]:
         text = error.format_message().strip().rstrip(".")  # type: ignore[attr-defined]
         stop = "" if text.endswith("?") else ";"
         return f"{text[:1].lower()}{text[1:]}{stop} see {where}", USER_ERROR
-    exhausted = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    if isinstance(error, MemoryError) or exhausted:
+    if _is_out_of_memory(error):
         return "out of memory: lower --batch-size, or use a smaller model", USER_ERROR
     if isinstance(error, OSError):
         reason = (error.strerror or str(error)).lower()
@@ -171,6 +170,20 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), getattr(error, "exit_code", USER_ERROR)
     kind = type(error).__name__
     return f"internal: {kind}: {error}: this is a bug; --debug shows where it happened", BUG
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in the words of PyTorch (the first) or of MLX."""
+    words = (
+        "out of memory",
+        "insufficient memory",
+        "unable to allocate",
+        "maximum allowed buffer size",
+    )
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in words)
+    )
 
 
 def _make_lenient(stream: object) -> None:
