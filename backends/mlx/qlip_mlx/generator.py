@@ -11,7 +11,7 @@ output table is split into one head per sub-token number.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import mlx.core as mx
@@ -211,31 +211,36 @@ def load(
     if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
         raise CheckpointError(f"weights do not fit the generator: {problems}")
     model = Generator(config, kernels)
-    held = {name: mx.array(array, dtype) for name, array in _laid_out(config, arrays).items()}
-    if bits is None:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                held[f"{name}.weight"] = kernels.lay_out(held[f"{name}.weight"])
-    model.load_weights(list(held.items()))
+    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    held = []
+    for name, array in _laid_out(config, arrays):
+        tensor = mx.array(array, dtype)
+        laid_out = kernels.lay_out(tensor) if bits is None and name in linears else tensor
+        held.append((name, laid_out))
+    model.load_weights(held)
     if bits is not None:
         quantize(model, bits)
     mx.eval(model.parameters())
     return model
 
 
-def _laid_out(config: GeneratorConfig, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors under these modules' names, some joined and some split."""
-    out = {name: array for name, array in arrays.items() if name != "lm_head.weight"}
+def _laid_out(
+    config: GeneratorConfig, arrays: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The checkpoint's tensors under these modules' names, some joined and some split, one by one, so that
+    copies of joined ones are not all in memory at once."""
+    rest = {name: array for name, array in arrays.items() if name != "lm_head.weight"}
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         for whole, parts in (
             (f"{layer}.self_attn.qkv_proj", [f"{layer}.self_attn.{p}_proj" for p in "qkv"]),
             (f"{layer}.mlp.gate_up_proj", [f"{layer}.mlp.{p}_proj" for p in ("gate", "up")]),
         ):
-            out[f"{whole}.weight"] = np.concatenate([out.pop(f"{p}.weight") for p in parts])
+            joined = [rest.pop(f"{p}.weight") for p in parts]
+            yield f"{whole}.weight", np.concatenate(joined)
+    yield from rest.items()
     table, V = arrays["lm_head.weight"], config.visual_vocab_size
     for j in range(config.sub_tokens if config.separate_sub_tokens else 1):
-        out[f"heads.{j}.weight"] = table[config.first_row(j) : config.first_row(j) + V]
+        yield f"heads.{j}.weight", table[config.first_row(j) : config.first_row(j) + V]
     if config.text_vocab_size:
-        out["text_head.weight"] = table[: config.text_vocab_size]
-    return out
+        yield "text_head.weight", table[: config.text_vocab_size]
