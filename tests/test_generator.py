@@ -37,7 +37,7 @@ from qlip_core.generator.generate import PromptCut, Request
 from qlip_core.generator.network import Captions, Draw, GeneratorNetwork
 from qlip_core.generator.sampling import Sampling, guidance_scales, step_keys
 from qlip_mlx import generator as mlx_generator
-from qlip_mlx.kernels import PLAIN_CPU
+from qlip_mlx.kernels import FUSED, PLAIN_CPU
 from qlip_mlx.sampler import Cache, MlxGenerator
 from qlip_torch import generator as torch_generator
 from qlip_torch.sampler import Recording, TorchGenerator
@@ -107,6 +107,13 @@ def mlx_of(config: GeneratorConfig, weights: dict[str, np.ndarray]) -> Generator
         model = mlx_generator.load(config, weights, kernels=PLAIN_CPU)
     aside = mx.new_thread_local_stream(mx.cpu)
     return MlxGenerator(model, "cpu", "float32", mx.float32, on_cpu, aside)
+
+
+def mlx_as_on_a_gpu(config: GeneratorConfig, weights: dict[str, np.ndarray]) -> GeneratorNetwork:
+    """The operations that a GPU runs, on the CPU: MLX's own kernels and a single stream."""
+    with mx.stream(mx.cpu):
+        model = mlx_generator.load(config, weights, kernels=FUSED)
+    return MlxGenerator(model, "cpu", "float32", mx.float32, on_cpu)
 
 
 def on_cpu() -> contextlib.AbstractContextManager[None]:
@@ -299,6 +306,14 @@ def test_one_seed_one_picture(config: GeneratorConfig, sampling: Sampling) -> No
         np.testing.assert_array_equal(drawn(network, order), expected)
         alone = order_of(config, captions[1:2], sampling, [1], every=100)
         np.testing.assert_array_equal(drawn(network, alone), expected[1:2])
+
+
+@each_config
+def test_what_mlx_runs_on_a_gpu_draws_the_same_picture(config: GeneratorConfig) -> None:
+    weights, captions = weights_of(config), captions_of(config)
+    order = order_of(config, captions, SETTINGS["filtered"], [0, 1, 5])
+    expected = drawn(numpy_of(config, weights), order)
+    np.testing.assert_array_equal(drawn(mlx_as_on_a_gpu(config, weights), order), expected)
 
 
 def test_guidance_is_the_formula() -> None:

@@ -7,7 +7,7 @@ while earlier ones run; the host waits only when it hands sub-tokens out, every 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -164,10 +164,12 @@ class MlxGenerator:
             mask = after[..., : cache.at.stop] if padded else None
 
     def _noise(self, order: Draw, keys: mx.array) -> mx.array | None:
-        """A step's keys uint32 [B, 2] -> noise [B, V], started at once; None at temperature 0."""
+        """A step's keys uint32 [B, 2] -> noise [B, V], started at once if `aside`; None at temperature 0."""
         if order.sampling.temperature == 0:
             return None
-        with mx.stream(self.aside) if self.aside else nullcontext():
+        if self.aside is None:
+            return gumbel(hash_values(keys, self.model.config.visual_vocab_size))
+        with mx.stream(self.aside):
             noise = gumbel(hash_values(keys, self.model.config.visual_vocab_size))
             mx.async_eval(noise)
         return noise
