@@ -385,6 +385,14 @@ def test_lower_precision_draws(name: str, dtype: str) -> None:
     assert tokens.min() >= 0 and tokens.max() < BASE.visual_vocab_size
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_torch_without_onednn_draws(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch is built for Apple silicon."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace())
+    test_lower_precision_draws("torch", dtype)
+
+
 def test_quantized_weights_draw() -> None:
     config = replace(BASE, hidden_size=64, intermediate_size=64)
     network = qlip.get_backend("mlx").generator(

@@ -119,6 +119,9 @@ def _reorders(weight: Tensor) -> bool:
 
 def _computes(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products of the type."""
+    # PyTorch for Apple silicon is built without oneDNN, and then lacks the operators that tell.
+    if dtype != torch.float32 and not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     if dtype == torch.float16:
