@@ -1,7 +1,6 @@
 """Colour-emoji glyphs as pictures: where the font is, and a glyph at the font's own size."""
 
 import hashlib
-import io
 import os
 import sys
 from dataclasses import dataclass
@@ -66,25 +65,26 @@ class EmojiFont:
             raise DataError(
                 f"{path}: not a font file with colour-bitmap emoji, which Pillow can draw"
             )
-        how = (
-            "it comes with macOS as 'Apple Color Emoji.ttc'"
-            if sys.platform == "darwin"
-            else "`apt install fonts-noto-color-emoji` (Debian, Ubuntu), `dnf install "
-            "google-noto-color-emoji-fonts` (Fedora) or `pacman -S noto-fonts-emoji` (Arch)"
-        )
+        download = "NotoColorEmoji.ttf from github.com/googlefonts/noto-emoji (folder fonts)"
+        how = {
+            "linux": "`apt install fonts-noto-color-emoji` (Debian, Ubuntu), `dnf install "
+            "google-noto-color-emoji-fonts` (Fedora) or `pacman -S noto-fonts-emoji` (Arch)",
+            "darwin": "the one of macOS, /System/Library/Fonts/Apple Color Emoji.ttc, is missing or "
+            f"cannot be drawn: put {download} into ~/Library/Fonts",
+        }.get(sys.platform, f"put {download} into ~/.fonts")
         raise DataError(f"no colour-emoji font on this machine: {how}, or name a font file")
 
     @classmethod
     def _open(cls, path: Path) -> "EmojiFont | None":
         if not path.is_file():
             return None
-        # Bytes, not the path, because for a damaged file Pillow would take another of the same name.
-        content = path.read_bytes()
         for pixels in _BITMAP_SIZES:
             try:
-                # The basic layout engine draws the same with and without libraqm.
-                face = ImageFont.truetype(
-                    io.BytesIO(content), pixels, layout_engine=ImageFont.Layout.BASIC
+                # The basic layout engine draws the same with and without libraqm. Not `truetype`, which would
+                # take another font of the same name for a damaged file; and by its path, because bytes are kept
+                # in memory twice, and Apple's font has over 100 MB.
+                face = ImageFont.FreeTypeFont(
+                    str(path), pixels, layout_engine=ImageFont.Layout.BASIC
                 )
             except OSError:
                 continue
