@@ -141,14 +141,20 @@ def open_source(location: str, limits: Limits | None = None) -> AnySource:
 def _open_folder(location: str, folder: Path, limits: Limits) -> AnySource:
     # Tars first, because img2dataset writes a parquet file of metadata beside each tar.
     for pattern in ("*.tar", "*.tar.gz", "*.tgz"):
-        if tars := sorted(map(str, folder.rglob(pattern))):
+        if tars := _visible(folder, pattern):
             return TarSource(location, tuple(tars), limits)
-    if files := sorted(map(str, folder.rglob("*.parquet"))):
+    if files := _visible(folder, "*.parquet"):
         return ParquetSource.open(location, files, limits)
     names = tuple(path.relative_to(folder).as_posix() for path in find_images(folder))
     if not names:
         raise DataError(f"{location}: no tars, parquet files or images in this folder")
     return FolderSource(location, names, limits)
+
+
+def _visible(folder: Path, pattern: str) -> list[str]:
+    """The files below a folder that match, sorted. Hidden ones are left out, as among images: macOS puts a file
+    `._NAME` beside each one on disks of other systems."""
+    return sorted(str(path) for path in folder.rglob(pattern) if not path.name.startswith("."))
 
 
 def iter_samples(source: AnySource) -> Iterator[Sample | Bad]:
