@@ -131,6 +131,7 @@ def test_braces_and_globs(tmp_path):
     with pytest.raises(DataError, match="no file matches"):
         open_source(f"{tmp_path}/x*.tar")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "._000.tar").touch()  # as macOS adds on disks of other systems
     with pytest.raises(DataError, match="no tars, parquet files or images"):
         open_source(str(tmp_path / "empty"))
 
@@ -1116,6 +1117,22 @@ def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
     assert (process.returncode, err) == (0, "")
     assert out == f"stopped by {'TERM' if number == signal.SIGTERM else 'INT'}\n"
     assert group_is_gone(process.pid)
+
+
+SPAWNING = """
+import multiprocessing, signal, time
+from qlip_torch.train.workers import starting_workers
+multiprocessing.set_start_method("spawn")
+with starting_workers():
+    multiprocessing.Process(target=time.sleep, args=(0,)).start()
+    print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+"""
+
+
+def test_signals_stay_blocked_while_workers_are_spawned():
+    """As on macOS, where a worker takes seconds to start; Ctrl-C in between would end it."""
+    out, err = start(SPAWNING).communicate(timeout=60)
+    assert out == "2 15\n", err
 
 
 def test_a_worker_that_is_killed_ends_the_run_in_words():

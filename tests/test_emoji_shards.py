@@ -101,7 +101,7 @@ def test_no_font_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path:
         EmojiSet()
     (tmp_path / "NotoColorEmoji.ttf").write_bytes(b"not a font")
     monkeypatch.setattr("sys.platform", "darwin")
-    with pytest.raises(DataError, match="put NotoColorEmoji.ttf .* into ~/Library/Fonts"):
+    with pytest.raises(DataError, match=r"put NotoColorEmoji\.ttf .* into ~/Library/Fonts"):
         EmojiSet()
     with pytest.raises(DataError, match="not a font file with colour-bitmap emoji"):
         EmojiSet(font=tmp_path / "NotoColorEmoji.ttf")

@@ -128,12 +128,15 @@ def _synchronize(device: torch.device) -> None:
 
 
 def peak_memory(device: str | torch.device) -> int:
-    """Bytes: the device allocator's peak on CUDA; elsewhere the process's largest resident set."""
+    """Bytes: the device allocator's peak on CUDA; elsewhere the process's largest resident set, which Windows
+    does not tell (0)."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # POSIX only, so not at the top
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_CAN_BLOCK = hasattr(signal, "pthread_sigmask")  # not on Windows
 
 
 def start_worker(worker: int) -> None:
@@ -24,7 +26,8 @@ def start_worker(worker: int) -> None:
     signal.signal(
         signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL)
     )
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+    if _CAN_BLOCK:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
     threading.Thread(target=_end_with_the_trainer, daemon=True).start()
 
 
@@ -48,7 +51,12 @@ def starting_workers() -> Iterator[None]:
     """
     name = "TOKENIZERS_PARALLELISM"
     silent = name not in os.environ
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = None
+    if _CAN_BLOCK:
+        if multiprocessing.get_start_method() != "fork":
+            # It would be started along with the first worker, and unblock the signals.
+            resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     if silent:
         os.environ[name] = "false"
     gc.collect()
@@ -59,4 +67,5 @@ def starting_workers() -> Iterator[None]:
         gc.unfreeze()
         if silent:
             del os.environ[name]
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
