@@ -7,6 +7,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 .PHONY: demo test lint types package check clean
 
 $(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("$(PYTHON) is %d.%d, and Python 3.10 or later is needed: make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
 # What running a model takes: MLX, which is small and fast to install.
