@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -869,6 +869,17 @@ def test_a_checkpoint_runs_nothing_of_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mkdir"):
         checkpoints.load(path, {"a": torch.ones(2)})
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", [b"pathlib._local\nPosixPath", b"pathlib\nWindowsPath"])
+def test_a_checkpoint_of_another_python_or_system_is_read(kind: bytes) -> None:
+    """Its table names its folder; Python 3.13 has its own module for that class."""
+    import io
+
+    from qlip_torch.train.checkpoints import _Unpickler
+
+    pickled = b"c" + kind + b"\n(S'runs'\ntR."
+    assert _Unpickler(io.BytesIO(pickled)).load() == PurePath("runs")
 
 
 # -- recipes and plans -------------------------------------------------------------------------

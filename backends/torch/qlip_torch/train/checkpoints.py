@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -331,12 +331,14 @@ _ALLOWED = {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib._local", "PosixPath"),
-    ("pathlib._local", "WindowsPath"),
     ("collections", "OrderedDict"),
+}
+# The table names the folder it was written to, which is not used. Its class depends on the system and on the
+# version of Python that wrote it, and may not exist here.
+_PATHS = {
+    (module, name)
+    for module in ("pathlib", "pathlib._local")
+    for name in ("PosixPath", "PurePosixPath", "WindowsPath")
 }
 
 
@@ -344,6 +346,8 @@ class _Unpickler(pickle.Unpickler):
     """Reads the table of a checkpoint and refuses anything else, so that no code in it can run."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PATHS:
+            return PurePath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _ALLOWED or is_dtype:
             return super().find_class(module, name)
