@@ -20,6 +20,7 @@ import qlip_core as qlip
 from qlip_cli.main import main
 from qlip_cli.outputs import safe_names
 from qlip_cli.reconstruct import picture_of
+from qlip_cli.terminal import print_picture
 from qlip_core.metrics import psnr, ssim
 
 
@@ -261,13 +262,23 @@ def test_labels_are_drawn_without_boxes() -> None:
     assert (labelled("cafe") != labelled("?.png")).any()
 
 
-def test_show_draws_two_pixels_a_character(cli: Qlip) -> None:
+def test_show_draws_two_pixels_a_character(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TERM_PROGRAM", raising=False)
     lines = cli("reconstruct", "a.png", "--show").out.splitlines()
     drawn = [line for line in lines if "▀" in line]
     assert [line.count("▀") for line in drawn] == [80] * 19  # 132 x 64 pixels in 80 columns
     small = Image.open("a-reconstructed.png").convert("RGB").resize((80, 38))
     upper, lower = (";".join(map(str, np.asarray(small)[y, 0])) for y in (0, 1))
     assert drawn[0].startswith(f"\x1b[38;2;{upper};48;2;{lower}m▀")
+
+
+def test_apples_terminal_gets_the_nearest_of_256_colours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TERM_PROGRAM", "Apple_Terminal")
+    monkeypatch.delenv("COLORTERM", raising=False)
+    print_picture(Image.new("RGB", (1, 2), (250, 3, 100)))  # nearest is (255, 0, 95)
+    assert capsys.readouterr().out == "\x1b[38;5;197;48;5;197m▀\x1b[0m\n"
 
 
 def test_classify(cli: Qlip, model: qlip.Model, tmp_path: Path) -> None:

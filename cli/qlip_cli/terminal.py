@@ -135,6 +135,8 @@ def _width(text: str) -> int:
 
 def print_picture(picture: Image.Image) -> None:
     """A picture in the terminal's colours, two pixels a character, as wide as fits (80 at most)."""
+    # Apple's Terminal shows 24-bit colours in new versions only, and anything else in their place in older ones.
+    few = os.environ.get("TERM_PROGRAM") == "Apple_Terminal" and not os.environ.get("COLORTERM")
     columns = min(80, _stdout().width, picture.width)
     lines = max(1, round(picture.height * columns / picture.width / 2))
     small = picture.convert("RGB").resize((columns, 2 * lines))
@@ -142,10 +144,14 @@ def print_picture(picture: Image.Image) -> None:
 
     def colour(x: int, y: int) -> str:
         at = 3 * (y * columns + x)
-        return ";".join(map(str, pixels[at : at + 3]))
+        values = pixels[at : at + 3]
+        if few:  # of the 256 colours, the cube with the levels 0, 95, 135, 175, 215 and 255
+            red, green, blue = (0 if v < 48 else 1 if v < 115 else (v - 35) // 40 for v in values)
+            return f"5;{16 + 36 * red + 6 * green + blue}"
+        return f"2;{values[0]};{values[1]};{values[2]}"
 
     for y in range(0, 2 * lines, 2):
-        cells = (f"\x1b[38;2;{colour(x, y)};48;2;{colour(x, y + 1)}m▀" for x in range(columns))
+        cells = (f"\x1b[38;{colour(x, y)};48;{colour(x, y + 1)}m▀" for x in range(columns))
         print("".join(cells) + "\x1b[0m")
 
 
