@@ -12,6 +12,7 @@ import http.client
 import itertools
 import re
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,6 +134,9 @@ def opened(address: str) -> Iterator[ByteStream]:
         # WebDataset runs curl for these, which is not installed everywhere and waits for ever on a stalled server.
         try:
             response = urllib.request.urlopen(address, timeout=_TIMEOUT)
+        except urllib.error.HTTPError as error:
+            error.close()  # it holds the connection
+            raise
         except (http.client.InvalidURL, ValueError) as error:
             raise DataError(f"{address}: {error}") from None
         with response:
