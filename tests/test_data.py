@@ -1079,25 +1079,30 @@ import numpy as np
 from qlip_torch.train.data import DataConfig, make_loader
 def tokens(texts):
     return np.zeros((len(texts), 4), np.int64)
-stop = []
-signal.signal(signal.SIGTERM, lambda *a: stop.append("TERM"))
-signal.signal(signal.SIGINT, lambda *a: stop.append("INT"))
-with make_loader(DataConfig(workers=2), image_size=16,
-                 tokenizer=tokens, batch_size=4) as loader:
-    next(loader)
-    print("ready", flush=True)
-    while not stop:
+def main():
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *a: stop.append("TERM"))
+    signal.signal(signal.SIGINT, lambda *a: stop.append("INT"))
+    with make_loader(DataConfig(workers=2), image_size=16,
+                     tokenizer=tokens, batch_size=4) as loader:
         next(loader)
-    for _ in range(20):
-        next(loader)
-print("stopped by", *stop, flush=True)
+        print("ready", flush=True)
+        while not stop:
+            next(loader)
+        for _ in range(20):
+            next(loader)
+    print("stopped by", *stop, flush=True)
+if __name__ == "__main__":
+    main()
 """
 
 
-def start(script: str) -> subprocess.Popen[str]:
-    """In a process group of its own."""
+def start(script: str, folder: Path) -> subprocess.Popen[str]:
+    """In a process group of its own; from a file, which workers that are not forked read again."""
+    program = folder / "program.py"
+    program.write_text(script, encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-c", script],
+        [sys.executable, str(program)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -1107,9 +1112,9 @@ def start(script: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
+def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number, tmp_path):
     """As a scheduler or Ctrl-C sends it: the trainer goes on to a clean end, and no process is left."""
-    process = start(SCRIPT)
+    process = start(SCRIPT, tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, number)
@@ -1122,25 +1127,28 @@ def test_a_signal_to_the_whole_group_leaves_the_trainer_its_workers(number):
 SPAWNING = """
 import multiprocessing, signal, time
 from qlip_torch.train.workers import starting_workers
-multiprocessing.set_start_method("spawn")
-with starting_workers():
-    multiprocessing.Process(target=time.sleep, args=(0,)).start()
-    print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+if __name__ == "__main__":
+    multiprocessing.set_start_method("spawn")
+    with starting_workers():
+        multiprocessing.Process(target=time.sleep, args=(0,)).start()
+        print(*sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 """
 
 
-def test_signals_stay_blocked_while_workers_are_spawned():
+def test_signals_stay_blocked_while_workers_are_spawned(tmp_path):
     """As on macOS, where a worker takes seconds to start; Ctrl-C in between would end it."""
-    out, err = start(SPAWNING).communicate(timeout=60)
+    out, err = start(SPAWNING, tmp_path).communicate(timeout=60)
     assert out == "2 15\n", err
 
 
-def test_a_worker_that_is_killed_ends_the_run_in_words():
+def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
     """By a system that is out of memory, say. In a process of its own: torch raises wherever that is."""
-    ready = '    print("ready", flush=True)\n'
-    killing = "    import multiprocessing\n    multiprocessing.active_children()[0].kill()\n"
+    ready = '        print("ready", flush=True)\n'
+    killing = (
+        "        import multiprocessing\n        multiprocessing.active_children()[0].kill()\n"
+    )
     assert ready in SCRIPT
-    process = start(SCRIPT.replace(ready, killing))
+    process = start(SCRIPT.replace(ready, killing), tmp_path)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
     message = r"DataError: a data process has died \(DataLoader worker \(pid.*fewer data\.workers"
@@ -1150,7 +1158,8 @@ def test_a_worker_that_is_killed_ends_the_run_in_words():
 
 # Slow to start, so that they are killed before they know their trainer.
 SLOW_WORKERS = """
-import os, time
+import multiprocessing, os, time
+multiprocessing.set_start_method("fork")
 os.register_at_fork(after_in_child=lambda: time.sleep(1),
                     after_in_parent=lambda: print("forked", flush=True))
 """
@@ -1161,8 +1170,8 @@ os.register_at_fork(after_in_child=lambda: time.sleep(1),
     [(SCRIPT, ["ready\n"]), (SLOW_WORKERS + SCRIPT, ["forked\n", "forked\n"])],
     ids=["running", "starting"],
 )
-def test_workers_end_with_a_trainer_that_is_killed(script, lines):
-    process = start(script)
+def test_workers_end_with_a_trainer_that_is_killed(script, lines, tmp_path):
+    process = start(script, tmp_path)
     assert process.stdout is not None and process.stderr is not None
     assert [process.stdout.readline() for _ in lines] == lines
     process.kill()
