@@ -23,10 +23,10 @@ def standard_input() -> str:
     from qlip_core.errors import QlipError
 
     path = "/dev/stdin"
-    try:
-        kind = os.fstat(0).st_mode
-    except OSError:
-        raise QlipError("-: standard input is closed") from None
+    # Not by its number, which the next file opened gets.
+    if sys.stdin is None:
+        raise QlipError("-: standard input is closed")
+    kind = os.fstat(0).st_mode
     if stat.S_ISSOCK(kind) or not os.path.exists(path):
         raise QlipError(
             "-: this standard input cannot be opened like a file: send it through `cat |`, or name a file"
