@@ -35,7 +35,7 @@ from qlip_core.data.check import check
 from qlip_core.data.draws import Draws
 from qlip_core.data.emoji import CLASS_NAMES_100, all_glyphs
 from qlip_core.data.parquet import ParquetSource
-from qlip_core.data.samples import Bad, Limits, Sample
+from qlip_core.data.samples import Bad, Limits, Sample, label_of
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source
 from qlip_core.data.tars import split_name, tar_samples, write_tar
 from qlip_core.errors import DataError, RecipeError
@@ -250,6 +250,26 @@ def test_check_counts_and_names_what_is_broken(tmp_path):
     assert "cut: broken image (truncated" in text
     assert "text: broken image (not an image)" in text
     assert f"big: too large (.png of {len(png(6)) + 20_000} bytes, over 10000)" in text
+
+
+def test_names_and_labels_that_are_not_unicode(tmp_path):
+    """A tar's names are bytes, and JSON can hold half of a surrogate pair."""
+    odd = [("\udcff.png", png(1)), ("\udcff.txt", b"one"), ("\udcff.json", b'{"label": "\\ud83d"}')]
+    path = tmp_path / "s.tar"
+    path.write_bytes(tar_of([*odd, *odd]))
+    report = check(str(path))
+    assert (report.good, report.duplicates) == (2, 1)
+    sample, _ = iter_samples(open_source(str(path)))
+    assert isinstance(sample, Sample)
+    assert sample.key == "\udcff" and label_of(sample.meta) == "?"
+
+
+def test_a_sample_without_an_image_says_what_it_has(tmp_path):
+    path = tmp_path / "s.tar"
+    path.write_bytes(tar_of([("a.gif", png(1)), ("a.txt", b"one"), ("b.png", b""), ("b.txt", b"")]))
+    gif, empty = map(str, iter_samples(open_source(str(path))))
+    assert gif == f"{path}: a: no image (only .gif, .txt)"
+    assert empty == f"{path}: b: broken image (empty file)"
 
 
 def test_the_loader_skips_what_check_names(tmp_path):

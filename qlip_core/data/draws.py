@@ -17,7 +17,9 @@ _BLOCK = 32
 
 def stable_hash(text: str) -> int:
     """64 bits of BLAKE2b of `text`: a hash that is the same in every process, platform and version."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+    # A name in a tar need not be Unicode; its bytes are then in `text` as lone surrogates.
+    data = text.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 class Draws:

@@ -33,7 +33,10 @@ def label_of(meta: dict[str, Any]) -> str:
     value = meta.get("label", "")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of integers with missing values is stored as floats
-    return str(value) if isinstance(value, str | int) else ""
+    if not isinstance(value, str | int):
+        return ""
+    # JSON can contain a lone surrogate, which cannot be written to a file.
+    return str(value).encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,10 @@ def make_sample(
     A missing caption is taken from the metadata's "caption", where img2dataset also writes it. If there is a
     caption, invalid metadata is ignored. `label` is added to the metadata if that has none.
     """
-    if image is None or not image:
+    if image is None:
         return Bad(key, where, NO_IMAGE)
+    if not image:
+        return Bad(key, where, BROKEN_IMAGE, "empty file")
     wrong = ""
     if isinstance(meta, bytes):
         try:

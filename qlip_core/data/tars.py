@@ -17,6 +17,7 @@ from pathlib import Path
 from qlip_core.data.locations import ByteStream
 from qlip_core.data.samples import (
     BROKEN_ARCHIVE,
+    NO_IMAGE,
     TOO_LARGE,
     Bad,
     Limits,
@@ -243,6 +244,9 @@ def tar_samples(
             oversize.pop("json", None)  # not needed for the caption
         if oversize:
             return Bad(key, where, TOO_LARGE, next(iter(oversize.values())))
+        if "image" not in found:
+            # Such as a .gif, which is not read.
+            return Bad(key, where, NO_IMAGE, f"only .{', .'.join(sorted(seen)[:5])}")
         return make_sample(
             key,
             where,
