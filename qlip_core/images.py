@@ -20,7 +20,9 @@ from qlip_core.errors import ImageError
 # A path, encoded bytes, a PIL image, or uint8 [H, W, 3].
 ImageLike = str | Path | bytes | bytearray | Image.Image | np.ndarray
 
-SUFFIXES = frozenset(
+# HEIC cannot be read, but a folder's (a phone's photos, for instance) are reported, not passed over.
+_HEIC = frozenset({".heic", ".heif"})
+SUFFIXES = _HEIC | frozenset(
     {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"}
 )
 # Pillow warns about large images long before it refuses them, and about odd but harmless metadata. Filters

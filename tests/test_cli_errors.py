@@ -72,13 +72,20 @@ def test_good_images_are_done_and_bad_ones_listed(cli: Qlip, tiny_model: Path) -
     for seed in (1, 2, 3):
         picture(seed).save(f"set/{seed}.png")
     Path("set/2x.png").write_text("no image")
+    Path("set/phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic" + bytes(99))
     run = cli("encode", "set", "nothing.jpg", "--json")
     assert run.code == 1
     assert run.json["images"] == 3
-    assert [f["image"] for f in run.json["failed"]] == ["set/2x.png", "nothing.jpg"]
+    assert [f["image"] for f in run.json["failed"]] == [
+        "set/2x.png",
+        "set/phone.HEIC",
+        "nothing.jpg",
+    ]
     assert run.err.splitlines() == [
-        "2 of 5 images could not be read:",
+        "3 of 6 images could not be read:",
         f"  {Path('set/2x.png')}: not an image",
+        f"  {Path('set/phone.HEIC')}: HEIC or a video, which Pillow does not read; convert it to JPEG or "
+        "PNG first",
         "  nothing.jpg: no such file",
     ]
     tokens = qlip.VisualTokens.load("tokens.qlip")
