@@ -193,6 +193,9 @@ def test_nothing_to_encode(cli: Qlip) -> None:
     Path("empty/notes.txt").write_text("no image")
     assert cli("encode", "empty").error.startswith("empty: no images in this folder")
     assert cli("encode", "*.jpg").error == "*.jpg: no image matches this pattern"
+    os.mkdir("my photos")
+    said = 'my photos: a name with spaces needs quotes around it: "my photos"'
+    assert cli("encode", "my", "photos").error == said
     assert "missing argument" in cli("encode").error
     assert "nothing to embed" in cli("embed").error
 

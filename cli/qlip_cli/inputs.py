@@ -72,6 +72,11 @@ def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
     count as bad images. A glob that the shell did not expand stands for matching images and folders, "-" for
     standard input. Raises ImageError for a folder or a glob without images, and for an empty name.
     """
+    from qlip_core.errors import ImageError
+
+    whole = " ".join(arguments)
+    if len(arguments) > 1 and os.path.exists(whole) and not any(map(os.path.exists, arguments)):
+        raise ImageError(f'{whole}: a name with spaces needs quotes around it: "{whole}"')
     found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
     return found
 
