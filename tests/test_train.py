@@ -535,6 +535,17 @@ def test_sources_are_looked_for_before_anything_but_a_dry_runs_plans(
         assert [line[:7] for line in lines if line.startswith("stage")] == planned
 
 
+def test_the_plan_says_where_commitment_cannot_be_computed(place: Path, tmp_path: Path) -> None:
+    absent = {"data__sources": [{"location": "absent"}], "stage1__commitment": 1.0}
+    width = recipe_of(place).model.config().vision_config.hidden_size
+    for decoder in (width, 2 * width):
+        recipe = recipe_of(place, **absent, model__decoder={"width": decoder})
+        lines: list[str] = []
+        with pytest.raises(DataError, match="absent"):
+            train(recipe, stage="1", out=tmp_path / "out", dry_run=True, say=lines.append)
+        assert any("commitment is 0" in line for line in lines) == (decoder != width)
+
+
 def test_a_run_goes_on_with_the_stages_it_was_begun_with(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(place, out, stage="1", stage1__steps=2)

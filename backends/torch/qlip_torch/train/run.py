@@ -321,6 +321,12 @@ class _Run:
         devices, told, rate = found
         plan = make_plan(recipe, config, number, world.device, devices, rate)
         self.plans.append(plan)
+        encoder, decoder = config.vision_config.hidden_size, config.decoder_config.hidden_size
+        if settings.commitment and encoder != decoder:
+            told = [
+                *told,
+                f"  commitment is 0: it needs encoder and decoder of one width, not {encoder} and {decoder}",
+            ]
         self.say(*plan.lines(), *told)
 
     def _train(
