@@ -61,10 +61,11 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     derived = state["stage"] == 2 or recipe["start"]["checkpoint"]
     licence = stated(tokenizer, "license") if derived else None
     front = [f"license: {licence}"] if licence else []
-    front.append(f"note: {recipe['name']}, stage {state['stage']}, step {state['step']}")
+    made = [recipe["name"], f"stage {state['stage']}", f"step {state['step']}"]
+    front.append(f"note: {', '.join(filter(None, made))}")
     lines = [
         *("---", *front, "---", ""),
-        *(f"# {recipe['name']}", "", recipe["description"], ""),
+        *(f"# {recipe['name'] or 'Tokenizer'}", "", recipe["description"], ""),
         f"Stage {state['stage']} after {state['step']} steps, seed {recipe['seed']}.",
     ]
     return save_checkpoint(
@@ -87,7 +88,7 @@ def export_generator(folder: Path, out: Path, *, dtype: str = "float32") -> Path
     weights = _weights(path, shapes, {})
     recipe = state["recipe"]
     card = (
-        f"# {recipe['name']}\n\n{recipe['description']}\n\n"
+        f"# {recipe['name'] or 'Generator'}\n\n{recipe['description']}\n\n"
         f"After {state['step']} steps, seed {recipe['seed']}; draws with the tokenizer {config.tokenizer}.\n"
     )
     beside = {RECIPE: to_toml(recipe), "README.md": card}
