@@ -533,6 +533,12 @@ def test_llamagens_settings() -> None:
     )
 
 
+def test_a_prefix_longer_than_the_text_tower_takes_is_refused(place: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(place, "model.prefix_length=1000")
+    with pytest.raises(RecipeError, match=r"prefix_length \(=1000\): .* takes at most"):
+        run(recipe, tmp_path, steps=1)
+
+
 def test_recipes_of_the_other_kind_are_refused() -> None:
     with pytest.raises(
         RecipeError, match="recipe of a tokenizer, not of a generator: run it as `qlip train"

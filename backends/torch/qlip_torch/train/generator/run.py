@@ -124,6 +124,12 @@ class _Run:
         self.config = recipe.model.config().fitted(
             checkpoint.config, checkpoint.fingerprint, checkpoint.text_fingerprint
         )
+        wanted, most = recipe.model.prefix_length, self.config.prefix_length
+        if wanted is not None and wanted > most:
+            raise RecipeError(
+                f"model.prefix_length (={wanted}): the tokenizer's text tower takes at most {most} tokens; "
+                'a longer caption needs model.conditioner = "t5"'
+            )
         self.conditioner = make_conditioner(self.config, self.tokenizer, world)
 
     def dry(self) -> GeneratorPlan | None:
