@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 import qlip_core as qlip
+from qlip_cli import terminal
 from qlip_cli.main import main
 from qlip_cli.outputs import safe_names
 from qlip_cli.reconstruct import picture_of
@@ -421,3 +422,11 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert "Example: qlip" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"qlip {qlip.__version__}\n"
+
+
+def test_bars_leave_room_for_the_percentages(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_WIDE", 40)
+    terminal.print_bars([("a cat", 1.0), ("a long label for a photograph", 0.0)])
+    assert [line[-7:] for line in capsys.readouterr().out.splitlines()] == ["100.0 %", "  0.0 %"]

@@ -76,10 +76,10 @@ def print_bars(rows: Sequence[tuple[str, float]]) -> None:
     table = _table()
     table.add_column(no_wrap=True, overflow="ellipsis", max_width=columns // 2)
     table.add_column(no_wrap=True)
-    table.add_column(justify="right", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True, min_width=len("100.0 %"))
     longest = max((_width(label) for label, _ in rows), default=0)
     room = columns - 14 - min(longest, columns // 2)
-    width = min(_BAR, max(10, room))
+    width = min(_BAR, max(4, room))
     for i, (label, share) in enumerate(rows):
         style = "bold green" if i == 0 else "cyan"
         table.add_row(_plain(label), _bar(share, width, style), _plain(f"{100 * share:.1f} %"))
