@@ -171,7 +171,9 @@ def weight_files(folder: Path) -> list[Path]:
     if index.is_file():
         return _sharded(index)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder}: not a model folder (no config.json, no {WEIGHTS})")
+        made = sorted(folder.glob("stage*/model"))  # what training leaves in its run folder
+        hint = f"; the model that this run made is {made[-1]}" if made else ""
+        raise CheckpointError(f"{folder}: not a model folder (no config.json, no {WEIGHTS}){hint}")
     pickles = [p.name for p in sorted(folder.glob("pytorch_model*.bin"))]
     hint = f"; {pickles[0]} is a pickle, which is never loaded" if pickles else ""
     raise CheckpointError(f"{folder}: no {WEIGHTS} in it{hint}")

@@ -190,6 +190,10 @@ def test_what_is_not_there(tmp_path: Path, copy: Path) -> None:
         qlip.open_checkpoint(tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="not a model folder"):
         qlip.open_checkpoint(tmp_path)
+    for stage in (1, 2):
+        (tmp_path / "run" / f"stage{stage}" / "model").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"this run made is .*stage2.model"):
+        qlip.open_checkpoint(tmp_path / "run")
     (copy / "model.safetensors").unlink()
     (copy / "pytorch_model.bin").touch()
     with pytest.raises(
