@@ -14,7 +14,8 @@ import numpy as np
 
 import qlip_core as qlip
 from qlip_core.backends import get_backend, is_installed
-from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
+from qlip_core.data.emoji_names import CLASS_NAMES_100
+from qlip_core.data.emoji_set import EmojiSet
 from qlip_core.metrics import psnr
 
 

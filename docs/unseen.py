@@ -14,7 +14,7 @@ import numpy as np
 
 import qlip_core as qlip
 from qlip_core.data.captions import names_of
-from qlip_core.data.emoji import seen_glyphs
+from qlip_core.data.emoji_names import seen_glyphs
 from qlip_core.evaluation.emoji import (
     UNSEEN_CLASS_NAMES,
     unseen_class_examples,

@@ -12,7 +12,8 @@ from PIL import Image
 
 import qlip_core as qlip
 from qlip_core import bsq
-from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet
+from qlip_core.data.emoji_names import CLASS_NAMES_100
+from qlip_core.data.emoji_set import EmojiSet
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import BUNDLED, find_model
 from qlip_core.metrics import psnr

@@ -33,7 +33,7 @@ from qlip_cli.data import report_lines
 from qlip_core.data import locations, parquet
 from qlip_core.data.check import check
 from qlip_core.data.draws import Draws
-from qlip_core.data.emoji import CLASS_NAMES_100, all_glyphs
+from qlip_core.data.emoji_names import CLASS_NAMES_100, all_glyphs
 from qlip_core.data.parquet import ParquetSource
 from qlip_core.data.samples import Bad, Limits, Sample, label_of
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source

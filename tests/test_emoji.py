@@ -10,24 +10,25 @@ import pytest
 from PIL import Image
 
 from qlip_core.data import captions
+from qlip_core.data.captions import caption_corpus, full_caption, name_caption
 from qlip_core.data.draws import Draws, stable_hash, uniform_grid
-from qlip_core.data.emoji import (
+from qlip_core.data.emoji_names import (
     CLASS_NAMES_100,
     UNSEEN_NAMES,
-    Background,
-    EmojiSet,
-    PlacedGlyph,
-    Scene,
     all_glyphs,
-    caption_corpus,
-    full_caption,
     glyph_by_name,
-    is_held_out_combination,
-    name_caption,
     seen_glyphs,
 )
+from qlip_core.data.emoji_set import EmojiSet
 from qlip_core.data.palette import JITTER, PALETTE
-from qlip_core.data.scenes import PLACES, held_out_combinations
+from qlip_core.data.scenes import (
+    PLACES,
+    Background,
+    PlacedGlyph,
+    Scene,
+    held_out_combinations,
+    is_held_out_combination,
+)
 from qlip_core.errors import DataError
 
 RED, BLUE = PALETTE["red"], PALETTE["blue"]

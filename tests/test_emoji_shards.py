@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from qlip_core.data import emoji_font
-from qlip_core.data.emoji import EmojiSet, write_shards
 from qlip_core.data.emoji_font import EmojiFont
+from qlip_core.data.emoji_set import EmojiSet
+from qlip_core.data.emoji_shards import write_shards
 from qlip_core.errors import DataError
 
 SHIPPED = Path(__file__).parent / "data"

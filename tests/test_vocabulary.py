@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from qlip_core.data.emoji import all_glyphs, caption_corpus
+from qlip_core.data.captions import caption_corpus
+from qlip_core.data.emoji_names import all_glyphs
 from qlip_core.data.vocabulary import byte_symbols, train_bpe
 from qlip_core.errors import DataError
 from qlip_core.text import END, END_OF_WORD, START, build_bpe

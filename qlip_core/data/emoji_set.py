@@ -1,4 +1,10 @@
-"""The emoji set: endless captioned pictures, each a function of (seed, split, index) alone."""
+"""The emoji set: endless captioned pictures, each a function of (seed, split, index) alone.
+
+For training, tests and demos that need no download:
+
+    emoji = EmojiSet(size=64, seed=0, split="train")
+    image, caption, about = emoji.sample(0)
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

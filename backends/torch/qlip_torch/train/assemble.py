@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.config import QLIPConfig
-from qlip_core.data.emoji import caption_corpus
+from qlip_core.data.captions import caption_corpus
 from qlip_core.data.samples import Bad, Limits
 from qlip_core.data.shards import open_source
 from qlip_core.data.vocabulary import train_bpe

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, get_args
 from urllib.parse import parse_qsl
 
-from qlip_core.data.emoji import CLASS_NAMES_100, EmojiSet, Split, Wording, seen_glyphs
+from qlip_core.data.emoji_names import CLASS_NAMES_100, seen_glyphs
+from qlip_core.data.emoji_set import EmojiSet, Split, Wording
 from qlip_core.data.samples import Limits
 from qlip_core.data.shards import open_source
 from qlip_core.errors import DataError

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qlip_core.data.emoji import CLASS_NAMES_100
+from qlip_core.data.emoji_names import CLASS_NAMES_100
 from qlip_core.errors import DataError
 from qlip_core.evaluation.emoji import (
     UNSEEN_CLASS_NAMES,
