@@ -15,7 +15,7 @@ from PIL import Image
 
 import qlip_core as qlip
 from qlip_cli.generate import check_sheet, picture_names, sheet_of, token_path
-from qlip_cli.inputs import read_lines
+from qlip_cli.inputs import read_entries
 from qlip_cli.outputs import save_picture
 from qlip_cli.provenance import text_chunks
 from qlip_core.evaluation import read_prompts
@@ -135,7 +135,7 @@ def test_prompts_from_stdin(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prompt_ends_with_its_line(tmp_path: Path) -> None:
     said = ["a\u2028b", "c\x85d\x0be\x1cf", "g"]
     (tmp_path / "prompts.txt").write_bytes("\r\n".join(said).encode())
-    assert read_lines(tmp_path / "prompts.txt") == said
+    assert read_entries(tmp_path / "prompts.txt") == said
     assert [p.text for p in read_prompts(tmp_path / "prompts.txt").prompts] == said
     (tmp_path / "classes.tsv").write_text("0\ta\u2028b\n", encoding="utf-8")
     assert read_classes(tmp_path / "classes.tsv") == {"0": "a\u2028b"}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import Failures, collect_images, read_lines
+from qlip_cli.inputs import Failures, collect_images, read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Json, ModelName, Revision
 from qlip_cli.terminal import print_bars, print_json, print_line, print_table, progress
 
@@ -114,7 +114,7 @@ def collect_labels(given: list[str], file: Path | None) -> list[str]:
 
     labels = [label.strip() for text in given for label in text.split(",")]
     if file is not None:
-        labels += read_lines(file)
+        labels += read_entries(file)
     labels = list(dict.fromkeys(label for label in labels if label))
     if not labels:
         raise TextError('no labels: give them with --labels "a cat,a dog" or --labels-file FILE')

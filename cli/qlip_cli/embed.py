@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import Failures, collect_images, read_lines
+from qlip_cli.inputs import Failures, collect_images, read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import output_file, writing
 from qlip_cli.terminal import count_text, print_json, print_line, progress
@@ -55,7 +55,7 @@ def embed(
     from qlip_core.errors import QlipError
 
     files = collect_images(images) if images else []
-    texts = [*(text or []), *(read_lines(texts_file) if texts_file else [])]
+    texts = [*(text or []), *(read_entries(texts_file) if texts_file else [])]
     count = len(files) + len(texts)
     if not count:
         raise QlipError("nothing to embed: name images, or give --text TEXT")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import read_lines
+from qlip_cli.inputs import read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.results import (
     EMOJI,
@@ -146,7 +146,7 @@ def zero_shot(
     if data == EMOJI:
         names = ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"]
     saving = Saving(out, names, force)
-    wordings = read_lines(templates) if templates is not None else ["{}"]
+    wordings = read_entries(templates) if templates is not None else ["{}"]
     network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot

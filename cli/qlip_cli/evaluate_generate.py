@@ -10,7 +10,7 @@ import typer
 
 from qlip_cli import options
 from qlip_cli.generate import cuts_told, facts_of, settings_of
-from qlip_cli.inputs import read_lines
+from qlip_cli.inputs import read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.outputs import picture_file, save_picture, writing
 from qlip_cli.provenance import text_chunks
@@ -123,7 +123,7 @@ def evaluate_generate(
     sheet = None
     if grid is not None:
         sheet = picture_file(grid, [], force=force, option="--grid", made=out)
-    among = read_lines(names) if names is not None else []
+    among = read_entries(names) if names is not None else []
     from qlip_core.errors import DataError
     from qlip_core.evaluation import emoji, evaluate_generation, read_prompts
     from qlip_core.evaluation.prompts import captions_of

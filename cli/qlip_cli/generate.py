@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.inputs import read_lines
+from qlip_cli.inputs import read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
 from qlip_cli.outputs import (
     PICTURES,
@@ -149,7 +149,7 @@ def collect_prompts(given: list[str] | None, file: Path | None) -> list[str]:
     """The prompts of the command line, then those of the file. Raises TextError if there are none."""
     from qlip_core.errors import TextError
 
-    lines = [] if file is None else read_lines(file)
+    lines = [] if file is None else read_entries(file)
     if file is not None and not lines:
         raise TextError(f"{file}: no prompts in it; write one on each line")
     prompts = [*(given or []), *lines]

@@ -34,9 +34,9 @@ def standard_input() -> str:
     return path
 
 
-def read_lines(path: Path) -> list[str]:
-    """The non-empty lines, stripped, of a text file, or with "-" of stdin. Raises TextError if it is not a text
-    file."""
+def read_entries(path: Path) -> list[str]:
+    """What a text file, or with "-" stdin, lists one a line: the lines stripped, without empty ones. Raises
+    TextError if it is not a text file."""
     from qlip_core.errors import TextError
 
     try:
@@ -77,8 +77,7 @@ def collect_images(arguments: Sequence[str]) -> list[ImageFile]:
     whole = " ".join(arguments)
     if len(arguments) > 1 and os.path.exists(whole) and not any(map(os.path.exists, arguments)):
         raise ImageError(f'{whole}: a name with spaces needs quotes around it: "{whole}"')
-    found = [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
-    return found
+    return [image for argument in arguments for image in _expand(argument, len(arguments) == 1)]
 
 
 def _expand(argument: str, alone: bool) -> list[ImageFile]:
