@@ -632,6 +632,7 @@ def test_eval_generate_by_another_judge(
         (["--seed", "-1"], "seed (=-1) must be 0 to 2^64 - 1"),
         (["--top-k", "129"], "top_k (=129) must be 0 (all) to 128"),
         (["--grid", "there.png"], "there.png: already exists"),
+        (["--grid", "there/"], "there/sheet-0.png: cannot be written, there does not exist"),
         (["--grid", "a.gif"], "a.gif: pictures are written as one of"),
         (["--out", "there.png"], "there.png: exists and is not a folder"),
         (["absent"], "absent"),

@@ -12,7 +12,7 @@ import typer
 from qlip_cli import options
 from qlip_cli.inputs import Failures, collect_images, read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import output_file, writing
+from qlip_cli.outputs import is_folder, output_file, writing
 from qlip_cli.terminal import count_text, print_json, print_line, progress
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def embed(
         Path | None, typer.Option(metavar="FILE", help="Texts, one a line.")
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         options.output("A .npy or .safetensors file."),
     ] = None,
     model: ModelName = None,
@@ -110,14 +110,17 @@ def embed(
     raise typer.Exit(failures.exit_code())
 
 
-def check_outputs(output: Path, inputs: list[str], force: bool) -> list[Path]:
+def check_outputs(output: str, inputs: list[str], force: bool) -> list[Path]:
     """The files that will be written: one, or a .npy and its .json."""
     from qlip_core.errors import QlipError
 
-    if output.suffix not in (".npy", ".safetensors"):
-        raise QlipError(f"{output}: embeddings are written as .npy or .safetensors")
-    names = [output] if output.suffix == ".safetensors" else [output, output.with_suffix(".json")]
-    return [output_file(path, path.name, force=force, inputs=inputs) for path in names]
+    path = Path(output)
+    if is_folder(output):
+        raise QlipError(f"{path}: is a folder; name a .npy or .safetensors file in it with -o")
+    if path.suffix not in (".npy", ".safetensors"):
+        raise QlipError(f"{path}: embeddings are written as .npy or .safetensors")
+    paths = [path] if path.suffix == ".safetensors" else [path, path.with_suffix(".json")]
+    return [output_file(each, each.name, force=force, inputs=inputs) for each in paths]
 
 
 def save(outputs: list[Path], vectors: np.ndarray, metadata: dict) -> None:

@@ -12,7 +12,7 @@ from qlip_cli import options
 from qlip_cli.generate import cuts_told, facts_of, settings_of
 from qlip_cli.inputs import read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
-from qlip_cli.outputs import picture_file, save_picture, writing
+from qlip_cli.outputs import output_path, picture_file, save_picture, writing
 from qlip_cli.provenance import text_chunks
 from qlip_cli.results import (
     EMOJI,
@@ -87,7 +87,7 @@ def evaluate_generate(
         ),
     ] = None,
     grid: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="OUT.png", show_default=False, help=f"Sheet of the first {_SHEET} pictures."
         ),
@@ -122,7 +122,8 @@ def evaluate_generate(
     saving = Saving(out, files, force)
     sheet = None
     if grid is not None:
-        sheet = picture_file(grid, [], force=force, option="--grid", made=out)
+        path = output_path(grid, f"sheet-{seed}.png")
+        sheet = picture_file(path, [], force=force, option="--grid", made=out)
     among = read_entries(names) if names is not None else []
     from qlip_core.errors import DataError
     from qlip_core.evaluation import emoji, evaluate_generation, read_prompts

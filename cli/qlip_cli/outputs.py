@@ -28,6 +28,11 @@ def is_folder(output: str | Path) -> bool:
     return str(output).endswith(("/", os.sep)) or Path(output).is_dir()
 
 
+def output_path(out: str | Path | None, default: str) -> Path:
+    """`out`, or `default` in it if it names a folder, or in the current folder if it is None."""
+    return Path(default) if out is None else Path(out, default) if is_folder(out) else Path(out)
+
+
 def output_file(
     out: str | Path | None,
     default: str,
@@ -37,13 +42,13 @@ def output_file(
     option: str = "-o",
     made: Path | None = None,
 ) -> Path:
-    """The file to write: `out`, or `default` in it if it names a folder, or here. `option` names it, and `made`
-    is a folder, already checked, that will exist by the time of writing.
+    """The file to write (`output_path`). `option` names it, and `made` is a folder, already checked, that will
+    exist by the time of writing.
 
     Checked before any work: raises QlipError if it exists (without `force`), is one of the inputs or not a
     regular file, or is in a folder that does not exist or cannot be written to. A link stands for its target.
     """
-    path = Path(default) if out is None else Path(out, default) if is_folder(out) else Path(out)
+    path = output_path(out, default)
     check_free(path, force=force, inputs=inputs, option=option)
     if made is None or path.parent != made:
         check_writable((path.resolve() if path.is_symlink() else path).parent, path, option)

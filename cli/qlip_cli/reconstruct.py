@@ -10,7 +10,7 @@ import typer
 from qlip_cli import options
 from qlip_cli.inputs import Failures, collect_images
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, ModelName, Revision
-from qlip_cli.outputs import is_folder, picture_file, save_picture
+from qlip_cli.outputs import output_path, picture_file, save_picture
 from qlip_cli.terminal import (
     note,
     print_json,
@@ -61,10 +61,7 @@ def reconstruct(
     name = (
         f"{Path(files[0].path).stem}-reconstructed.png" if len(files) == 1 else "reconstructed.png"
     )
-    out = (
-        Path(name) if output is None else Path(output, name) if is_folder(output) else Path(output)
-    )
-    path = picture_file(out, [f.path for f in files], force=force)
+    path = picture_file(output_path(output, name), [f.path for f in files], force=force)
     network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.metrics import psnr, ssim
