@@ -262,6 +262,7 @@ def test_places_that_cannot_be_written_to(cli: Qlip, monkeypatch: pytest.MonkeyP
     assert "file: exists and is not a folder" in cli("decode", "tokens.qlip", "-o", "file").error
     assert "not written to standard output" in cli("decode", "tokens.qlip", "-o", "-").error
     assert "not written to standard output" in cli("train", "-o", "-", plain=True).error
+    assert "not written to standard output" in cli("data", "emoji", "-", plain=True).error
     assert "written as one of .png" in cli("reconstruct", "good.png", "-o", "x.txt").error
     assert "written as .npy or .safetensors" in cli("embed", "good.png", "-o", "x.pkl").error
     assert "x.npy: is a folder" in cli("embed", "good.png", "-o", "x.npy/").error

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlip_cli.options import Force, Json, Shards
+from qlip_cli.outputs import refuse_stdout
 from qlip_cli.terminal import note, print_facts, print_json, print_line, progress, size_text
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def emoji(
     from qlip_core.data.emoji_shards import write_shards
     from qlip_core.errors import DataError
 
+    refuse_stdout(out, "name a folder")
     splits: dict[str, Split] = {name: name for name in get_args(Split)}
     if split not in splits:
         raise DataError(f"--split {split!r}: must be one of {', '.join(splits)}")

@@ -80,7 +80,7 @@ def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> 
     above it may be absent, too."""
     from qlip_core.errors import QlipError
 
-    refuse_stdout(folder, "folder", option)
+    refuse_stdout(folder, f"name a folder with {option}")
     if folder.exists() and not folder.is_dir():
         raise QlipError(f"{folder}: exists and is not a folder; name another with {option}")
     there = folder if folder.is_dir() else folder.parent
@@ -89,14 +89,12 @@ def check_folder(folder: Path, option: str = "-o", *, parents: bool = False) -> 
     check_writable(there, folder, option)
 
 
-def refuse_stdout(path: Path, kind: str, option: str = "-o") -> None:
-    """Raises QlipError for "-", which elsewhere means standard output; `kind` is what to name instead."""
+def refuse_stdout(path: Path, advice: str) -> None:
+    """Raises QlipError, with `advice`, for "-", which elsewhere means standard output."""
     from qlip_core.errors import QlipError
 
     if str(path) == "-":
-        raise QlipError(
-            f"-: results are not written to standard output; name a {kind} with {option}"
-        )
+        raise QlipError(f"-: results are not written to standard output; {advice}")
 
 
 def check_regular(path: Path, option: str = "-o") -> None:
@@ -104,7 +102,7 @@ def check_regular(path: Path, option: str = "-o") -> None:
     and for "-", since results are files and not a stream."""
     from qlip_core.errors import QlipError
 
-    refuse_stdout(path, "file", option)
+    refuse_stdout(path, f"name a file with {option}")
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise QlipError(f"{path}: is a device or a pipe; name a file with {option}")
 

@@ -85,7 +85,7 @@ def train(
 
     quiet_hub()
     if out is not None:
-        refuse_stdout(out, "folder")
+        refuse_stdout(out, "name a folder with -o")
     trainer = get_trainer(backend)
     mode, rest = "", list(words or [])
     if rest and rest[0] in (GENERATOR, BALANCE, EXPORT):
