@@ -79,7 +79,7 @@ def make_tars(folder: Path, images: int) -> str:
 
 
 def bare(model: qlip.Model, pixels: np.ndarray, images: int) -> float:
-    """Images a second of the encoder alone, over the same number of them."""
+    """Images per second of the encoder alone, over the same number of them."""
     start = time.perf_counter()
     batches = max(1, images // len(pixels))
     for _ in range(batches):
@@ -88,7 +88,7 @@ def bare(model: qlip.Model, pixels: np.ndarray, images: int) -> float:
 
 
 def end_to_end(model: qlip.Model, tars: str, out: Path, batch_size: int) -> float:
-    """Images a second of `qlip tokenize`, without the time to start its process."""
+    """Images per second of `qlip tokenize`, without the time to start its process."""
     start = time.perf_counter()
     report = tokenize(model, open_source(tars), out, batch_size=batch_size)
     return report.encoded / (time.perf_counter() - start)

@@ -65,7 +65,7 @@ class Path:
 
 
 def measure(paths: list[Path], rounds: int, device: str) -> dict[str, float]:
-    """Median rate of each path, in work a second."""
+    """Median rate of each path, in work per second."""
     rates: dict[str, list[float]] = {path.name: [] for path in paths}
     for attempt in range(rounds + 1):
         for path in paths:

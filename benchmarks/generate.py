@@ -3,7 +3,7 @@
     python benchmarks/generate.py [--backend torch] [--size B] [--tokens 64] [--rounds 3] [--threads 2]
 
 All figures of a line come from the same run, measured in turns, medians over `--rounds`, because the
-ratios are what matters: one picture (batch 1, float32) in sub-tokens a second, and that as a share of
+ratios are what matters: one picture (batch 1, float32) in sub-tokens per second, and that as a share of
 what the plain products of a step allow, with the weights as a checkpoint holds them ([out, in]);
 beside it the share of the bandwidth that summing the same weights reaches. Then bfloat16 against
 float32, 8 pictures against one, guidance against none, and a plain loop over `transformers`' Llama of the
@@ -199,7 +199,7 @@ def random_on_cuda(config: GeneratorConfig, compile: bool, kernels: bool) -> Gen
 
 
 def copy_rate() -> float:
-    """Bytes a second of a copy on the device, read and written."""
+    """Bytes per second of a copy on the device, read and written."""
     import torch
 
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
@@ -340,7 +340,7 @@ def report(
     limit = tokens / median(took["products"])
     print(f"one picture, float32     {tokens / median(took['one']):8.1f} sub-tokens/s")
     print(f"  of the plain products  {median(took['products'] / took['one']):8.0%}"
-          f"  ({limit:.1f} a second, {gigabytes * limit:.1f} GB/s)")  # fmt: skip
+          f"  ({limit:.1f} per second, {gigabytes * limit:.1f} GB/s)")  # fmt: skip
     print(f"  of the read bandwidth  {median(took['reads'] / took['one']):8.0%}"
           f"  ({gigabytes * tokens / median(took['reads']):.1f} GB/s)")  # fmt: skip
     del own

@@ -3,7 +3,7 @@
     python benchmarks/loader.py [--images 512] [--size 256] [--workers 1,2,4,8,16]
 
 Images are 640 x 480 JPEGs (quality 90) with structure at every scale, so that decoding costs what
-photographs cost. Prints images a second, and the ratio to one worker; cores say how far that can go.
+photographs cost. Prints images per second, and the ratio to one worker; cores say how far that can go.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def files(folder: Path, count: int) -> Iterator[Path]:
 
 
 def rate(paths: list[Path], preprocessing: Preprocessing, workers: int) -> float:
-    """Images a second, the better of two passes."""
+    """Images per second, the better of two passes."""
     best = 0.0
     for _ in range(2):
         start = time.perf_counter()

@@ -75,7 +75,7 @@ def compare(
     what: str, counts: Sequence[int], measure: Callable[[int], tuple[float, float]]
 ) -> float:
     """Last peak over the first."""
-    print(f"| {what} | peak MB | a second |\n|---|---|---|")
+    print(f"| {what} | peak MB | images per second |\n|---|---|---|")
     peaks = []
     for count in counts:
         megabytes, seconds = measure(count)

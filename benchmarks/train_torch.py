@@ -1,4 +1,4 @@
-"""Training on a GPU: images a second, share of the matrix rate, and peak memory by batch per device.
+"""Training on a GPU: images per second, share of the matrix rate, and peak memory by batch per device.
 
     python benchmarks/train_torch.py [--preset qlip-b-16-256] [--steps 4] [--seconds 600]
 
@@ -114,7 +114,7 @@ def micro_batches(config: QLIPConfig, case: Case, world: World) -> list[Batch]:
 
 
 def run(config: QLIPConfig, case: Case, steps: int, world: World) -> tuple[float, float, float]:
-    """(images a second, peak memory in GB, seconds of the first step); the median step."""
+    """(images per second, peak memory in GB, seconds of the first step); the median step."""
     torch.compiler.reset()  # a run compiles for its own shapes, and for few of them
     gc.collect()
     torch.cuda.empty_cache()

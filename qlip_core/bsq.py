@@ -111,7 +111,7 @@ def soft_entropies(u: np.ndarray, config: QuantizerConfig) -> Entropies:
     """
     length, t = config.embed_dim, config.inv_temperature
     if u.shape[-1] != length:
-        raise ValueError(f"u has {u.shape[-1]} values a token, the quantizer has {length} bits")
+        raise ValueError(f"u has {u.shape[-1]} values per token, the quantizer has {length} bits")
     u = u.reshape(-1, length).astype(np.float64)
     tokens = len(u)
     p = _sigmoid(4 * t * u / np.sqrt(length))  # [tokens, L]

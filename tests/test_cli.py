@@ -359,7 +359,7 @@ def test_info_of_tokens(cli: Qlip, model: qlip.Model) -> None:
     assert document["names"] == ["1.png", "2.jpg", "more/3.png"]
     assert (document["images"], document["grid"], document["length"]) == (3, [8, 8], 28)
     assert document["model"] == model.fingerprint
-    assert "224 bytes an image" in cli("info", "renamed.bin", plain=True).out
+    assert "224 bytes per image" in cli("info", "renamed.bin", plain=True).out
 
 
 # -- doctor ------------------------------------------------------------------------------------

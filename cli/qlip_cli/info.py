@@ -284,10 +284,10 @@ def print_model(document: dict[str, Any]) -> None:
     else:
         per_patch = f"{code['tokens_per_patch']} x {code['bits_per_token']} bits"
         facts += [
-            ("code", f"{code['bits_per_patch']} bits a patch ({per_patch})"),
-            ("tokens", f"{count_text(code['tokens_per_image'], 'token')} an image, each one of "
+            ("code", f"{code['bits_per_patch']} bits per patch ({per_patch})"),
+            ("tokens", f"{count_text(code['tokens_per_image'], 'token')} per image, each one of "
                        f"{2 ** code['bits_per_token']:,}"),
-            ("size", f"{size_text(code['bytes_per_image'])} an image, "
+            ("size", f"{size_text(code['bytes_per_image'])} per image, "
                      f"{code['compression_ratio']:.1f} times less than its RGB pixels"),
         ]  # fmt: skip
     stored = f"{'/'.join(document['stored_dtypes'])}, {size_text(document['stored_bytes'])}"

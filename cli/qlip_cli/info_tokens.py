@@ -64,7 +64,7 @@ def describe_shard(path: Path, json: bool) -> None:
         [
             ("images", f"{header.count:,}{flipped}"),
             ("code", f"{h}x{w} patches of {settings.length} bits, computed in {settings.dtype}"),
-            ("size", f"{size_text(settings.row_bytes)} an image, {size_text(header.size)} in all"),
+            ("size", f"{size_text(settings.row_bytes)} per image, {size_text(header.size)} in all"),
             ("made by", settings.model),
             ("from", f"{origin.shard} (shard {origin.number + 1} of {origin.of})"),
             ("left out", _left_out(header.skipped)),
@@ -104,7 +104,7 @@ def describe_shards(path: Path, json: bool) -> None:
     rest = (
         "complete" if document["complete"] else f"of {origin.of}: `qlip tokenize` has not finished"
     )
-    size = f"{size_text(settings.row_bytes)} an image, {size_text(document['file_bytes'])} in all"
+    size = f"{size_text(settings.row_bytes)} per image, {size_text(document['file_bytes'])} in all"
     print_line(str(path))
     print_facts(
         [
@@ -150,7 +150,7 @@ def describe_tokens(path: Path, json: bool) -> None:
         [
             ("images", f"{len(tokens):,}"),
             ("code", f"{h}x{w} patches of {tokens.length} bits"),
-            ("size", f"{size_text(document['bytes_per_image'])} an image, "
+            ("size", f"{size_text(document['bytes_per_image'])} per image, "
                      f"{size_text(document['file_bytes'])} in all"),
             ("made by", tokens.model or "not stated: any model of these sizes decodes it"),
             ("names", ", ".join(shown) + more if shown else "none"),

@@ -44,7 +44,7 @@ class Request:
         """n pictures of each prompt, in the prompts' order. Raises GenerationError or TextError."""
         sampling.check(vocab)
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or not 1 <= n < MAX_IMAGES:
-            raise GenerationError(f"n (={n!r}) must be a positive number of pictures a prompt")
+            raise GenerationError(f"n (={n!r}) must be a positive number of pictures per prompt")
         if not isinstance(prompts, Iterable):
             raise TextError(f"prompts must be strings, got {type(prompts).__name__}")
         each = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -30,7 +30,7 @@ _TITLES = {
     "discriminator": "discriminator's loss",
     "r1": "discriminator's gradient penalty (R1)",
     "gradient_norm": "norm of the gradient",
-    "images_per_second": "images a second",
+    "images_per_second": "images per second",
     "pictures_psnr": "PSNR of the fixed pictures (dB)",
     "low": "rarest bit: how often it is 1",
     "dead": "share of bits that are always equal",

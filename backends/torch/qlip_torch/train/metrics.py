@@ -116,7 +116,7 @@ class Metrics:
         return bad["counts"]
 
     def leave_out(self, seconds: float) -> None:
-        """Exclude these seconds (spent on pictures) from training time and images a second."""
+        """Exclude these seconds (spent on pictures) from training time and images per second."""
         self._time += seconds
 
     def _values(self, done: int, report: StepReport) -> dict[str, Any]:

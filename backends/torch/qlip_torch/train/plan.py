@@ -76,7 +76,7 @@ class Cost:
         if self.micro_batches > 1:
             split = f", as {self.micro_batches} micro-batches of {self.micro_batch:,}{passes}"
         each = " each" if self.devices > 1 else ""
-        return f"  on {devices_text(self.devices)} in {self.precision}: {rows:,} images{each} a step{split}"
+        return f"  on {devices_text(self.devices)} in {self.precision}: {rows:,} images{each} per step{split}"
 
     def last_lines(self, table: str) -> list[str]:
         """A very rough duration (runs reach a fifth to two thirds of the products' rate), and warnings if the

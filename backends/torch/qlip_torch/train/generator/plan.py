@@ -36,7 +36,7 @@ class GeneratorPlan(Cost):
         return [
             f"generator: {self.parameters / 1e6:.1f} M parameters, {config.num_hidden_layers} layers "
             f"{config.hidden_size} wide; a prefix of {config.prefix_length} and "
-            f"{config.tokens_per_image} sub-tokens of {config.group_size} bits a picture",
+            f"{config.tokens_per_image} sub-tokens of {config.group_size} bits per picture",
             f"  {self.steps:,} steps of {self.batch:,} images = {self.images:,} images, "
             f"{self.images * config.tokens_per_image:,} sub-tokens, "
             f"{self.images * self.flops:.2e} FLOPs",
