@@ -35,6 +35,7 @@ from qlip_core.data.check import check
 from qlip_core.data.draws import Draws
 from qlip_core.data.emoji_names import CLASS_NAMES_100, all_glyphs
 from qlip_core.data.parquet import ParquetSource
+from qlip_core.data.permutation import permute
 from qlip_core.data.samples import Bad, Limits, Sample, label_of
 from qlip_core.data.shards import FolderSource, TarSource, iter_samples, open_source
 from qlip_core.data.tars import split_name, tar_samples, write_tar
@@ -43,7 +44,7 @@ from qlip_core.evaluation.examples import Example, StoredExamples
 from qlip_core.preprocessing import Preprocessing
 from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader, merge_states
 from qlip_torch.train.lanes import ShuffledStream
-from qlip_torch.train.order import Mixture, epoch_index, permute
+from qlip_torch.train.order import Mixture, epoch_index
 from qlip_torch.train.pictures import Augmentation, Normalizer
 from qlip_torch.train.sources import EmojiSource
 

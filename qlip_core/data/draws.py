@@ -63,6 +63,12 @@ class Draws:
         return options[-1][0]
 
 
+def shuffled(stream: int, index: int, count: int) -> np.ndarray:
+    """range(count) in a random order, int64 [count], for one (stream, index), both below 2^64."""
+    key = np.array([stream, index], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(count), kind="stable")
+
+
 def uniform_grid(seed: int, rows: int, columns: int) -> np.ndarray:
     """float32 [rows, columns] in [0, 1), a function only of `seed` (below 2^64)."""
     raw = np.random.Philox(key=np.array([seed, 0], dtype=np.uint64)).random_raw(rows * columns)

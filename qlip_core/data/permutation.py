@@ -1,4 +1,4 @@
-"""Shuffled order as arithmetic: each place is computed from its number alone, without stored state."""
+"""Shuffled order and random choices as arithmetic: each is computed from a number alone, without stored state."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ def permuted(positions: np.ndarray, count: int, key: int) -> np.ndarray:
         out[outside] = left << shift | right
         outside = outside[out[outside] >= count]
     return out.astype(np.int64)
+
+
+def chances(numbers: np.ndarray, key: int, probability: float) -> np.ndarray:
+    """bool [n]: which of the numbers, int64 [n], are chosen, each with `probability` and independently."""
+    return (mixed(numbers.astype(np.uint64), key) >> np.uint64(11)) * 2.0**-53 < probability
 
 
 def mixed(values: np.ndarray, key: int) -> np.ndarray:

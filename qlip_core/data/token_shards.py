@@ -24,7 +24,7 @@ import numpy as np
 
 from qlip_core.data.draws import stable_hash
 from qlip_core.data.locations import expand, local_path, scheme
-from qlip_core.data.permutation import mixed, permuted
+from qlip_core.data.permutation import chances, permuted
 from qlip_core.data.samples import Tally
 from qlip_core.data.token_format import (
     MAX_NAMED,
@@ -233,8 +233,7 @@ class TokenShards:
             indices[here] = permuted(places[here] - epoch * count, count, key)
         flipped = np.zeros(batch_size, bool)
         if self.settings.flips:
-            drawn = mixed(places.astype(np.uint64), stable_hash(f"tokens seed {seed} flip"))
-            flipped = (drawn >> np.uint64(11)) * 2.0**-53 < flip
+            flipped = chances(places, stable_hash(f"tokens seed {seed} flip"), flip)
         return self._batch(indices, flipped)
 
     def _batch(self, indices: np.ndarray, flipped: np.ndarray) -> TokenBatch:

@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from qlip_core.data.draws import stable_hash
+from qlip_core.data.draws import shuffled, stable_hash
+from qlip_core.data.permutation import permute
 from qlip_core.data.samples import Bad, Sample
 from qlip_core.errors import DataError
-from qlip_torch.train.order import permute
 
 # A lane may find nothing in its share of a tiny set; in the next pass it has a different share.
 _MAX_EMPTY_PASSES = 100
@@ -116,8 +114,8 @@ class ShuffledStream:
     def _turn(self) -> None:
         """Start handing out the chunk that was read."""
         self._chunk, self._turned, self._popped = self._chunk + self._turned, True, 0
-        key = np.array([stable_hash(f"{self._stream} lane {self._lane}"), self._chunk], np.uint64)
-        order = np.argsort(np.random.Philox(key=key).random_raw(len(self._next)), kind="stable")
+        stream = stable_hash(f"{self._stream} lane {self._lane}")
+        order = shuffled(stream, self._chunk, len(self._next))
         self._out = deque(self._next[i] for i in order)
         self._out_bytes, self._next, self._next_bytes = self._next_bytes, [], 0
         self._begin, self._begin_next, self._closed = self._begin_next, self._cursor, False

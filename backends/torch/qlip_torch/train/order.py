@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from qlip_core.data.draws import stable_hash
+from qlip_core.data.draws import shuffled, stable_hash
 from qlip_core.data.permutation import permute
 from qlip_core.errors import DataError
 
@@ -55,8 +55,7 @@ class Mixture:
         return source, block * int(self._counts[source]) + int(self._ranks[offset])
 
     def _draw(self, block: int) -> None:
-        key = np.array([stable_hash(self._stream), block], np.uint64)
-        order = np.argsort(np.random.Philox(key=key).random_raw(self.BLOCK), kind="stable")
+        order = shuffled(stable_hash(self._stream), block, self.BLOCK)
         self._sources = np.repeat(np.arange(len(self._counts)), self._counts)[order]
         self._ranks = np.zeros(self.BLOCK, np.int64)
         for source, count in enumerate(self._counts):

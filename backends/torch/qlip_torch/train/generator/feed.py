@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qlip_core import bsq
 from qlip_core.data.draws import stable_hash
-from qlip_core.data.permutation import mixed
+from qlip_core.data.permutation import chances
 from qlip_core.data.token_shards import TokenShards
 from qlip_core.errors import DataError
 from qlip_core.generator.config import GeneratorConfig
@@ -46,8 +46,7 @@ class Rows:
 
 def dropped(seed: int, places: np.ndarray, probability: float) -> np.ndarray:
     """Which captions are replaced by the null prefix: places int64 [b] -> bool [b], without stored state."""
-    drawn = mixed(places.astype(np.uint64), stable_hash(f"null prefix seed {seed}"))
-    return (drawn >> np.uint64(11)) * 2.0**-53 < probability
+    return chances(places, stable_hash(f"null prefix seed {seed}"), probability)
 
 
 def sub_tokens(bits: np.ndarray, config: GeneratorConfig) -> np.ndarray:
