@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qlip_core.errors import ConfigError
-from qlip_core.strict import read_json, scalar, unknown_key
+from qlip_core.strict import check_one_of, check_positive, read_json, scalar, unknown_key
 
 # Far more than any model has; checked before listing the tensors of every layer.
 MAX_LAYERS = 1024
@@ -57,9 +57,9 @@ class QuantizerConfig:
     written: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive(self, "embed_dim", "group_size", "inv_temperature")
-        _one_of(self, "input_format", ("bchw", "blc"))
-        _one_of(self, "persample_entropy_compute", ("group", "analytical"))
+        check_positive(self, "embed_dim", "group_size", "inv_temperature")
+        check_one_of(self, "input_format", ("bchw", "blc"))
+        check_one_of(self, "persample_entropy_compute", ("group", "analytical"))
         if self.embed_dim > MAX_LENGTH:
             raise ConfigError(
                 f"embed_dim (={self.embed_dim}) is over {MAX_LENGTH}: "
@@ -102,7 +102,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         _check_tower(self)
-        _positive(self, "vocab_size", "projection_dim", "max_position_embeddings")
+        check_positive(self, "vocab_size", "projection_dim", "max_position_embeddings")
         if self.rope:
             raise ConfigError("rope=true is not part of QLIP: text positions are learned")
         if self.max_position_embeddings < 2:
@@ -144,9 +144,9 @@ class VisionConfig:
         if self.hidden_size_post_q == 0:
             object.__setattr__(self, "hidden_size_post_q", self.hidden_size)
         _check_tower(self)
-        _positive(self, "projection_dim", "image_size", "patch_size", "hidden_size_post_q")
-        _one_of(self, "quantizer", ("none", "bsq"))
-        _one_of(self, "quantizer_embed_type", ("identity", "mlp"))
+        check_positive(self, "projection_dim", "image_size", "patch_size", "hidden_size_post_q")
+        check_one_of(self, "quantizer", ("none", "bsq"))
+        check_one_of(self, "quantizer_embed_type", ("identity", "mlp"))
         if self.num_channels != 3:
             raise ConfigError(f"num_channels (={self.num_channels}) must be 3: images are RGB")
         if self.image_size % self.patch_size:
@@ -195,7 +195,7 @@ class QLIPConfig:
     written: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive(self, "projection_dim")
+        check_positive(self, "projection_dim")
         vision, decoder = self.vision_config, self.decoder_config
         for name in ("image_size", "patch_size"):
             ours, theirs = getattr(vision, name), getattr(decoder, name)
@@ -390,7 +390,7 @@ def _sorted(values: Any) -> Any:
 
 def _check_tower(config: Any) -> None:
     """The errors of this and the checks below name no tower; `_from_dict` adds it."""
-    _positive(
+    check_positive(
         config,
         "hidden_size",
         "intermediate_size",
@@ -398,7 +398,7 @@ def _check_tower(config: Any) -> None:
         "num_attention_heads",
         "layer_norm_eps",
     )
-    _one_of(config, "hidden_act", ACTIVATIONS)
+    check_one_of(config, "hidden_act", ACTIVATIONS)
     if config.num_hidden_layers > MAX_LAYERS:
         raise ConfigError(f"num_hidden_layers (={config.num_hidden_layers}) is over {MAX_LAYERS}")
     if config.hidden_size % config.num_attention_heads:
@@ -406,18 +406,6 @@ def _check_tower(config: Any) -> None:
             f"num_attention_heads (={config.num_attention_heads}) must divide "
             f"hidden_size (={config.hidden_size})"
         )
-
-
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ConfigError(f"{name} (={getattr(config, name)}) must be positive")
-
-
-def _one_of(config: Any, name: str, allowed: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        raise ConfigError(f'{name} is "{value}", expected one of {", ".join(allowed)}')
 
 
 # -- presets -----------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,3 +67,17 @@ def scalar(kind: str, value: Any, name: str) -> Any:
     if not good:
         raise ConfigError(f"{name} must be {what}, got {value!r}")
     return float(value) if kind == "float" else value
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises ConfigError if one of these fields is not above 0."""
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ConfigError(f"{name} (={getattr(config, name)}) must be positive")
+
+
+def check_one_of(config: Any, name: str, allowed: Sequence[str]) -> None:
+    """Raises ConfigError if a field has none of the allowed values."""
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ConfigError(f'{name} is "{value}", expected one of {", ".join(allowed)}')

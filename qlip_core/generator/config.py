@@ -17,7 +17,7 @@ from typing import Any
 from qlip_core.config import MAX_LAYERS, MAX_LENGTH, QLIPConfig
 from qlip_core.errors import ConfigError, GenerationError
 from qlip_core.generator.sampling import Sampling
-from qlip_core.strict import read_json, scalar, unknown_key
+from qlip_core.strict import check_one_of, check_positive, read_json, scalar, unknown_key
 
 MODEL_TYPE = "qlip_generator"
 CONDITIONERS = ("none", "qlip-text", "t5")
@@ -45,9 +45,7 @@ class GeneratorConfig:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int = 0  # 0 stands for "absent": as many as num_attention_heads
-    intermediate_size: int = (
-        0  # 0 stands for "absent": 2/3 * 4 * hidden_size, up to a multiple of 256
-    )
+    intermediate_size: int = 0  # 0 stands for "absent": `default_intermediate`
     rms_norm_eps: float = 1e-5
     rope: str = "grid"
     rope_theta: float = 10000.0
@@ -68,16 +66,16 @@ class GeneratorConfig:
     sampling: Sampling = field(default_factory=Sampling)
 
     def __post_init__(self) -> None:
-        sizes = (
+        check_positive(
+            self,
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
             "group_size",
             "sub_tokens",
+            "rms_norm_eps",
+            "rope_theta",
         )
-        for name in (*sizes, "rms_norm_eps", "rope_theta"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name} (={getattr(self, name)}) must be positive")
         for name in ("num_key_value_heads", "intermediate_size", "text_vocab_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} (={getattr(self, name)}) must not be negative")
@@ -108,8 +106,7 @@ class GeneratorConfig:
             raise ConfigError(
                 f"num_key_value_heads (={groups}) must divide num_attention_heads (={heads})"
             )
-        if self.rope not in ROPES:
-            raise ConfigError(f'rope is "{self.rope}", expected one of {", ".join(ROPES)}')
+        check_one_of(self, "rope", ROPES)
         parts = 4 if self.rope == "grid" else 2
         if self.head_dim % parts:
             raise ConfigError(
@@ -127,13 +124,9 @@ class GeneratorConfig:
             )
 
     def _check_conditioner(self) -> None:
-        if self.conditioner not in CONDITIONERS:
-            known = ", ".join(CONDITIONERS)
-            raise ConfigError(f'conditioner is "{self.conditioner}", expected one of {known}')
+        check_one_of(self, "conditioner", CONDITIONERS)
         if self.conditioner != "none":
-            for name in ("prefix_length", "condition_size"):
-                if getattr(self, name) < 1:
-                    raise ConfigError(f"{name} (={getattr(self, name)}) must be positive")
+            check_positive(self, "prefix_length", "condition_size")
         elif self.rope == "grid":
             raise ConfigError('rope "grid" needs a prefix to start from, but conditioner is "none"')
 
