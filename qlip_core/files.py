@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all; and text files, line by line."""
+"""Files that appear whole or not at all, text files line by line, and the hash of files."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -55,6 +56,16 @@ def read_lines(path: str | Path) -> list[str]:
         raise DataError(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({(error.strerror or '').lower()})") from None
+
+
+def sha256_of(files: Iterable[Path]) -> str:
+    """SHA-256, in hex, of the files' bytes, concatenated."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -470,8 +470,8 @@ def test_plain_clip_is_transformers(plain_clip: Path, folder: Path, tokenizer_fo
     import torch
     from transformers import CLIPModel
 
+    from qlip_core.files import sha256_of
     from qlip_torch.clip import clip_towers
-    from qlip_torch.weight_files import sha256_of
 
     assert is_plain_clip(plain_clip) and not is_plain_clip(folder)
     towers = clip_towers(str(plain_clip))

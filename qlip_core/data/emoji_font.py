@@ -1,6 +1,5 @@
 """Colour-emoji glyphs as pictures: where the font is, and a glyph at the font's own size."""
 
-import hashlib
 import os
 import sys
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from qlip_core.errors import DataError
+from qlip_core.files import sha256_of
 
 _NAMES = ("NotoColorEmoji.ttf", "NotoColorEmoji-Regular.ttf", "Apple Color Emoji.ttc")
 _FOLDERS = (
@@ -129,8 +129,4 @@ class EmojiFont:
 
     def sha256(self) -> str:
         """SHA-256 of the font file, in hex."""
-        digest = hashlib.sha256()
-        with self.path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+        return sha256_of([self.path])

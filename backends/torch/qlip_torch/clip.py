@@ -12,12 +12,13 @@ from torch import Tensor
 
 from qlip_core.config import TextConfig
 from qlip_core.errors import BackendError, TextError
+from qlip_core.files import sha256_of
 from qlip_core.hub import find_model, hub_id
 from qlip_core.preprocessing import Preprocessing
 from qlip_core.text import Tokenizer
 from qlip_torch.evaluation import exact_inference
 from qlip_torch.pretrained import pretrained
-from qlip_torch.weight_files import sha256_of, weight_files
+from qlip_torch.weight_files import weight_files
 
 # A ViT-L/14 needs about 100 MB of activations per image.
 _IMAGES_AT_ONCE = 32
@@ -88,10 +89,7 @@ def clip_towers(source: str, device: str = "cpu") -> ClipTowers:
         raise TextError(
             f"{source}: no tokenizer files (tokenizer.json, or vocab.json and merges.txt)"
         )
-    processor, size = folder / "preprocessor_config.json", vision.image_size
-    preprocessing = (
-        Preprocessing.from_file(processor, size) if processor.is_file() else Preprocessing(size)
-    )
+    preprocessing = Preprocessing.of_folder(folder, vision.image_size)
     name = hub_id(folder) or str(source)
     return ClipTowers(model, tokenizer, preprocessing, name, sha256_of(files), device)
 

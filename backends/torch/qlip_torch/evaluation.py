@@ -8,9 +8,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from qlip_core.files import sha256_of
 from qlip_torch.inception import SIDE, Inception, build_inception
 from qlip_torch.perceptual import Lpips, build_perceptual
-from qlip_torch.weight_files import sha256_of, weight_files
+from qlip_torch.weight_files import weight_files
 
 # Inception at 299 px needs tens of MB per image.
 _IMAGES_AT_ONCE = 32

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlip_torch.weight_files import fitted, read_weights, sha256_of, weight_files
+from qlip_core.files import sha256_of
+from qlip_torch.weight_files import fitted, read_weights, weight_files
 
 log = logging.getLogger(__name__)
 

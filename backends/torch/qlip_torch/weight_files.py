@@ -1,8 +1,7 @@
-"""Safetensors weights of the networks behind a metric: found, read, and named by their hash."""
+"""Safetensors weights of the networks behind a metric: found, read and checked."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,13 +53,3 @@ def fitted(
         more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(f"{what}: {'; '.join(wrong[:8])}{more}")
     return dict(tensors)
-
-
-def sha256_of(files: Sequence[Path]) -> str:
-    """SHA-256 of the files' bytes, concatenated."""
-    digest = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
