@@ -25,6 +25,7 @@ from qlip_core.data.shards import AnySource
 from qlip_core.data.token_format import (
     MAX_NAMED,
     SUFFIX,
+    Header,
     Settings,
     ShardWriter,
     read_header,
@@ -117,7 +118,9 @@ def tokenize(
                 else:
                     _write(writer, out, event.unit, model, tally)
                     report.made += 1
-                    report.encoded += _include(report, shard_path(out, event.unit))
+                    header = read_header(shard_path(out, event.unit))
+                    _include(report, header)
+                    report.encoded += header.count
                 writer, tally = ShardWriter(settings), Tally(keep=MAX_NAMED)
     return report
 
@@ -182,16 +185,14 @@ def _is_done(out: Path, unit: Unit, settings: Settings, report: Report) -> bool:
             f"{was.shard_bytes} bytes), which is not what is to be tokenized now: name another "
             "folder with -o, or replace it with --force"
         )
-    _include(report, path)
+    _include(report, header)
     return True
 
 
-def _include(report: Report, path: Path) -> int:
-    """Count a finished shard; returns its images."""
-    header = read_header(path)
+def _include(report: Report, header: Header) -> None:
+    """Count a finished shard."""
     report.images += header.count
     report.skipped.include(header.skipped)
-    return header.count
 
 
 def _make_folder(out: Path) -> None:
