@@ -120,7 +120,7 @@ def report_lines(report: Report) -> list[str]:
     out = [
         f"{report.location}: {report.kind}{shards}",
         f"samples     {report.samples}, good {report.good}, broken {report.broken.total}",
-        f"images      {_bytes(report.image_bytes)}, "
+        f"images      {size_text(report.image_bytes)}, "
         + (", ".join(f"{k} {n}" for k, n in report.formats.most_common()) or "none"),
     ]
     for name, spread, unit in (
@@ -148,8 +148,3 @@ def report_lines(report: Report) -> list[str]:
 
 def _many(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("s" if count != 1 else "")
-
-
-def _bytes(count: int) -> str:
-    power = min(max(len(str(count)) - 1, 0) // 3, 4)
-    return f"{count / 1000**power:.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
