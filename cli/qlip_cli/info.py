@@ -12,7 +12,7 @@ import typer
 from qlip_cli import options
 from qlip_cli.info_tokens import describe_shard, describe_shards, describe_tokens, tokens_kind
 from qlip_cli.options import Device, Json, ModelName, Revision
-from qlip_cli.provenance import is_picture, read_record
+from qlip_cli.provenance import is_png, read_record
 from qlip_cli.terminal import (
     count_text,
     print_facts,
@@ -91,7 +91,7 @@ def describer(path: Path) -> Callable[[Path, bool], None] | None:
     """The function that describes `path`, by what it is; None if it must be a model."""
     if kind := tokens_kind(path):
         return {"file": describe_tokens, "shard": describe_shard, "shards": describe_shards}[kind]
-    if is_picture(path):
+    if is_png(path):
         return describe_picture
     return describe_generator if is_generator(path) else None
 

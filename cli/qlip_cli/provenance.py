@@ -24,7 +24,7 @@ def text_chunks(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def is_picture(path: Path) -> bool:
+def is_png(path: Path) -> bool:
     """Whether a file starts as a PNG does."""
     if not path.is_file():
         return False
