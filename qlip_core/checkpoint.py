@@ -124,10 +124,10 @@ class Checkpoint:
         return self._card("note")
 
     def _card(self, key: str) -> str | None:
-        return stated(self.folder, key)
+        return card_value(self.folder, key)
 
 
-def stated(folder: Path, key: str) -> str | None:
+def card_value(folder: Path, key: str) -> str | None:
     """The value of `key` in the front matter of a folder's README.md, else None."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
@@ -216,13 +216,12 @@ def save_checkpoint(
     replaced and other files stay. Raises CheckpointError if the weights do not fit the config or are not
     finite, even if only in `dtype`.
     """
+    pixels = preprocessing or Preprocessing(config.image_size)
     texts = {
         **(beside or {}),
         **({} if card is None else {"README.md": card}),
         "config.json": config.to_json(),
-        "preprocessor_config.json": _json(
-            (preprocessing or Preprocessing(config.image_size)).to_dict()
-        ),
+        "preprocessor_config.json": json.dumps(pixels.to_dict(), indent=2) + "\n",
     }
     named = [] if tokenizer_from is None else [Path(tokenizer_from) / n for n in TOKENIZER_FILES]
     return write_folder(
@@ -304,7 +303,3 @@ def replace_folder(folder: Path, temporary: Path) -> None:
         if not (folder / entry.name).exists() and not any(map(entry.match, ours)):
             entry.rename(folder / entry.name)
     shutil.rmtree(old)
-
-
-def _json(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,7 @@ class VisualTokens:
     length: int
     grid: tuple[int, int]
     model: str = ""
-    names: tuple[str, ...] = field(default=())
+    names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         h, w = self.grid

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qlip_core.architecture import architecture
 from qlip_core.checkpoint import Checkpoint, open_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.data.captions import caption_corpus
@@ -121,8 +122,6 @@ def first_start(recipe: Recipe, folder: Path) -> Start:
 
 def _difference(ours: QLIPConfig, theirs: QLIPConfig) -> str:
     """The first size in which two models differ, the tokenizer's excepted; empty if none."""
-    from qlip_core.architecture import architecture
-
     if ours.image_size != theirs.image_size:
         return f"{theirs.image_size} pixels, not {ours.image_size}"
     mine, other = architecture(ours), architecture(theirs)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlip_core.architecture import architecture
-from qlip_core.checkpoint import open_checkpoint, save_checkpoint, stated
+from qlip_core.checkpoint import card_value, open_checkpoint, save_checkpoint
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import architecture as generator_architecture
@@ -59,7 +59,7 @@ def export_stage(folder: Path, out: Path, *, dtype: str = "float32") -> Path:
     recipe, tokenizer = state["recipe"], _tokenizer(folder, state)
     # A model derived from a checkpoint keeps the licence that the checkpoint states.
     derived = state["stage"] == 2 or recipe["start"]["checkpoint"]
-    licence = stated(tokenizer, "license") if derived else None
+    licence = card_value(tokenizer, "license") if derived else None
     front = [f"license: {licence}"] if licence else []
     made = [recipe["name"], f"stage {state['stage']}", f"step {state['step']}"]
     front.append(f"note: {', '.join(filter(None, made))}")
