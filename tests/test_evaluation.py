@@ -311,8 +311,8 @@ def test_classes_can_be_told_in_other_words_than_their_names(model: qlip.Model) 
             for i, (image, name) in enumerate(zip(pictures(2), "ab"))
         ],
     )
-    told = {"a": "red", "b": "green"}
-    result = evaluate_zero_shot(model, examples, ["a", "b"], told=told)
+    wordings = {"a": "red", "b": "green"}
+    result = evaluate_zero_shot(model, examples, ["a", "b"], wordings=wordings)
     scores = model.similarity(pictures(2), ["red", "green"])
     assert result.scores["top-1"] == np.mean(scores.argmax(1) == np.arange(2))
     named = evaluate_zero_shot(model, examples, ["a", "b"])

@@ -146,7 +146,7 @@ def zero_shot(
     if data == EMOJI:
         names = ["seen-names", "zero-shot-unseen-names", "zero-shot-unseen-described"]
     saving = Saving(out, names, force)
-    wordings = read_entries(templates) if templates is not None else ["{}"]
+    texts = read_entries(templates) if templates is not None else ["{}"]
     network = options.load_model(model, revision, backend, device, dtype)
 
     from qlip_core.evaluation import emoji, evaluate_zero_shot
@@ -164,14 +164,14 @@ def zero_shot(
     else:
         sets = [(stored(data, limit, classes), None, None)]
     results = []
-    for name, (examples, every, told) in zip(names, sets):
+    for name, (examples, classes_of_set, descriptions) in zip(names, sets):
         with progress("classifying", count_of(examples)) as advance:
             result = evaluate_zero_shot(
                 network,
                 examples,
-                every,
-                templates=wordings,
-                told=told,
+                classes_of_set,
+                templates=texts,
+                wordings=descriptions,
                 batch_size=batch_size,
                 progress=advance,
             )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qlip_cli import options
-from qlip_cli.generate import cuts_told, facts_of, settings_of
+from qlip_cli.generate import cuts_as_notes, facts_of, settings_of
 from qlip_cli.inputs import read_entries
 from qlip_cli.options import BackendName, BatchSize, Device, Dtype, Force, Json, Revision
 from qlip_cli.outputs import output_path, picture_file, save_picture, writing
@@ -156,7 +156,7 @@ def evaluate_generate(
     left = _SHEET if sheet is not None else 0
     for name, each in zip(files, sets):
         count = number * len(each.prompts)
-        with progress("drawing", count) as advance, cuts_told():
+        with progress("drawing", count) as advance, cuts_as_notes():
             result = evaluate_generation(
                 network,
                 each,

@@ -253,7 +253,7 @@ def draw(
     from qlip_core import VisualTokens
 
     steps = network.generator_config.tokens_per_image
-    with progress("drawing", number * len(prompts) * steps) as advance, cuts_told():
+    with progress("drawing", number * len(prompts) * steps) as advance, cuts_as_notes():
         batches = network.generate_batches(
             prompts, sampling, seed=seed, n=number, batch_size=batch_size, progress=advance
         )
@@ -261,7 +261,7 @@ def draw(
 
 
 @contextmanager
-def cuts_told() -> Iterator[None]:
+def cuts_as_notes() -> Iterator[None]:
     """Turns the core's warnings of cut prompts into notes, one line each, as they come."""
     from qlip_core.generator.generate import PromptCut
 

@@ -300,9 +300,9 @@ def decode_into(
     parts: Sequence[VisualTokens],
     batch_size: int,
     advance: Callable[[int], None],
-    told: Callable[[int], Mapping[str, str]] | None = None,
+    text_of: Callable[[int], Mapping[str, str]] | None = None,
 ) -> None:
-    """Decode all images of `parts` into the folder, batch by batch; `told` gives the text in number i.
+    """Decode all images of `parts` into the folder, batch by batch; `text_of` gives the text in picture i.
 
     That the tokens fit the model was checked before.
     """
@@ -312,7 +312,7 @@ def decode_into(
             for start in range(0, len(part), batch_size):
                 pictures = network.decode(part[start : start + batch_size], any_model=True)
                 for pixels in pictures:
-                    folder.add(number, pixels, told(number) if told else None)
+                    folder.add(number, pixels, text_of(number) if text_of else None)
                     number += 1
                 advance(len(pictures))
         folder.show()

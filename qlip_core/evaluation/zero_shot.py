@@ -27,13 +27,13 @@ def evaluate_zero_shot(
     classes: Sequence[str] | None = None,
     *,
     templates: Sequence[str] = TEMPLATES,
-    told: Mapping[str, str] | None = None,
+    wordings: Mapping[str, str] | None = None,
     batch_size: int = DEFAULT_BATCH,
     progress: Progress | None = None,
 ) -> Result:
     """Share of images whose class is the nearest text (top-1), or among the five nearest (top-5).
 
-    A class's text is the mean of its embeddings over `templates`; `told` maps classes to words other than
+    A class's text is the mean of its embeddings over `templates`; `wordings` maps classes to words other than
     their names, such as descriptions; `classes` defaults to all labels of the set, sorted. Texts
     that tie count as nearer than the right one. Raises DataError for an image without a label, a label
     that is no class, fewer than 2 classes, or two of one name.
@@ -44,7 +44,7 @@ def evaluate_zero_shot(
     if twice := [name for name, count in Counter(classes).items() if count > 1]:
         raise DataError(f"{examples.name}: class {twice[0]!r} is named more than once")
     number = {name: i for i, name in enumerate(classes)}
-    words = [(told or {}).get(name, name) for name in classes]
+    words = [(wordings or {}).get(name, name) for name in classes]
     texts = model.embed_labels(words, templates)  # [C, P]
     broken, reference = Tally(), ReferenceHash()
     truth: list[int] = []
@@ -93,7 +93,7 @@ def evaluate_zero_shot(
             "classes": len(classes),
             "classes_sha256": text_hash(classes),
             "templates": list(templates),
-            **({"told_sha256": text_hash(words)} if told else {}),
+            **({"told_sha256": text_hash(words)} if wordings else {}),
         },
     )
     return Result(protocol, scores_out, {"classes": per_class}, broken.to_dict())

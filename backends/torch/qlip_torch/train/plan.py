@@ -136,10 +136,10 @@ def planned_on(
     steps.micro_batches(world.size)
     if not world.is_first:
         return None
-    devices, told = planned_for(meant_for, steps, world.size) if dry else (world.size, [])
+    devices, notes = planned_for(meant_for, steps, world.size) if dry else (world.size, [])
     precision = Precision.of(engine, world.device)
     with precision.products():
-        return devices, told, matmul_rate(world.device, precision.dtype)
+        return devices, notes, matmul_rate(world.device, precision.dtype)
 
 
 def state_bytes(engine: EngineRecipe, present: int, trained: int, ema: float, devices: int) -> int:

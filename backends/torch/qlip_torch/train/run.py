@@ -318,16 +318,16 @@ class _Run:
         found = planned_on(recipe.devices, recipe.engine, settings, world, dry=self._dry)
         if found is None:
             return
-        devices, told, rate = found
+        devices, notes, rate = found
         plan = make_plan(recipe, config, number, world.device, devices, rate)
         self.plans.append(plan)
         encoder, decoder = config.vision_config.hidden_size, config.decoder_config.hidden_size
         if settings.commitment and encoder != decoder:
-            told = [
-                *told,
+            notes = [
+                *notes,
                 f"  commitment is 0: it needs encoder and decoder of one width, not {encoder} and {decoder}",
             ]
-        self.say(*plan.lines(), *told)
+        self.say(*plan.lines(), *notes)
 
     def _train(
         self,

@@ -219,11 +219,11 @@ class _Run:
         found = planned_on(recipe.devices, recipe.engine, recipe.training, world, dry=dry)
         if found is None:
             return None
-        devices, told, rate = found
+        devices, notes, rate = found
         plan = make_plan(recipe, self.config, world.device, devices, rate)
         start = recipe.start or "random"
         tokenizer = f"  tokenizer: {self.tokenizer.checkpoint.folder}"
-        for line in (*plan.lines(), *told, tokenizer, f"  weights: {start}"):
+        for line in (*plan.lines(), *notes, tokenizer, f"  weights: {start}"):
             self._say(line)
         return plan
 

@@ -54,9 +54,9 @@ def save_samples(
 ) -> None:
     """Save a PNG with pictures of the log's prompts, in rows; its metadata has the prompts and the seed."""
     pictures = draw_samples(config, weights, tokenizer, conditioner, log.prompts, log.seed, dtype)
-    told = PngInfo()
-    told.add_itxt("prompts", "\n".join(log.prompts))
-    told.add_itxt("seed", str(log.seed))
+    metadata = PngInfo()
+    metadata.add_itxt("prompts", "\n".join(log.prompts))
+    metadata.add_itxt("seed", str(log.seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        Image.fromarray(sheet(pictures, _COLUMNS)).save(file, "png", pnginfo=told)
+        Image.fromarray(sheet(pictures, _COLUMNS)).save(file, "png", pnginfo=metadata)

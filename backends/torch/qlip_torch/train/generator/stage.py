@@ -108,8 +108,8 @@ class GeneratorStage:
         """(features [B, T, F], valid [B, T], null [B], tokens [B, M]): captions encoded, some dropped."""
         config = self.model.config
         drop = dropped(self._seed, rows.places, config.null_probability)
-        told = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
-        captions = encode_prompts(told, self._conditioner, config)
+        kept = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
+        captions = encode_prompts(kept, self._conditioner, config)
         arrays = captions.features, captions.valid, captions.null, rows.tokens
         inputs = (torch.from_numpy(np.ascontiguousarray(array)) for array in arrays)
         if self.world.device.type == "cuda":
