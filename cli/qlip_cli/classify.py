@@ -90,7 +90,7 @@ def classify(
                 print_line("")
             print_line(name)
             print_bars(ranked)
-    failures.tell()
+    failures.list_errors()
     raise typer.Exit(failures.exit_code())
 
 

@@ -96,7 +96,7 @@ def decode(
         what = f"{count_text(count, 'image')}, {size}x{size} pixels"
         print_line(f"{picture or out}: {what}")
     if failed:
-        tell(failed, len(files) + len(failed))
+        list_errors(failed, len(files) + len(failed))
         raise typer.Exit(1)
 
 
@@ -116,10 +116,10 @@ def load_token_files(arguments: Sequence[str]) -> tuple[TokenFiles, dict[Path, T
     if not files:
         if len(failed) == 1:
             raise next(iter(failed.values()))
-        tell(failed, len(failed))
+        list_errors(failed, len(failed))
         raise TokenFileError(f"none of the {len(failed)} token files could be read")
     if not any(len(part) for _, part in files):
-        tell(failed, len(files) + len(failed))
+        list_errors(failed, len(files) + len(failed))
         raise TokenFileError(f"{files[0][0]}: holds no images: nothing to decode")
     return files, failed
 
@@ -153,7 +153,7 @@ def token_paths(arguments: Sequence[str], failed: dict[Path, TokenFileError]) ->
     return paths
 
 
-def tell(failed: Mapping[Path, TokenFileError], count: int) -> None:
+def list_errors(failed: Mapping[Path, TokenFileError], count: int) -> None:
     """List the bad files on stderr."""
     if failed:
         note(f"{len(failed)} of {count} token files could not be read:")

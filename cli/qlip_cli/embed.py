@@ -106,7 +106,7 @@ def embed(
             what = f"{count_text(len(vectors), 'vector')} of {vectors.shape[1]} numbers"
             beside = f"; names in {outputs[1]}" if len(outputs) > 1 else ""
             print_line(f"{outputs[0]}: {what}{beside}")
-    failures.tell()
+    failures.list_errors()
     raise typer.Exit(failures.exit_code())
 
 

@@ -85,7 +85,7 @@ def encode(
     else:
         code = f"{h}x{w} patches of {tokens.length} bits, {size_text(each)}"
         print_line(f"{path}: {count_text(len(tokens), 'image')}, each {code}")
-    failures.tell()
+    failures.list_errors()
     raise typer.Exit(failures.exit_code())
 
 

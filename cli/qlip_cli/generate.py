@@ -269,13 +269,13 @@ def cuts_as_notes() -> Iterator[None]:
         warnings.simplefilter("always", PromptCut)
         show = warnings.showwarning
 
-        def tell(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        def show_as_note(message: Warning | str, category: type[Warning], *where: Any) -> None:
             if issubclass(category, PromptCut):
                 note(f"warning: {message}")
             else:
                 show(message, category, *where)
 
-        warnings.showwarning = tell
+        warnings.showwarning = show_as_note
         yield
 
 

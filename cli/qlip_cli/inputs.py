@@ -150,10 +150,10 @@ class Failures:
             return
         if len(self.errors) == 1:
             raise self.errors[0]
-        self.tell()
+        self.list_errors()
         raise ImageError(f"none of the {len(self.images)} images could be read: nothing was done")
 
-    def tell(self) -> None:
+    def list_errors(self) -> None:
         """List the bad ones on stderr."""
         if self.errors:
             note(f"{len(self.errors)} of {len(self.images)} images could not be read:")

@@ -108,7 +108,7 @@ def reconstruct(
         print_line(f"{path}: input on the left, output on the right")
     if len(scores) > len(rows):
         note(f"{path} shows the first {len(rows)} of {len(scores)} images")
-    failures.tell()
+    failures.list_errors()
     raise typer.Exit(failures.exit_code())
 
 

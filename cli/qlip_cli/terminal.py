@@ -160,17 +160,17 @@ def print_picture(picture: Image.Image) -> None:
 
 def note(text: str) -> None:
     """A message that is not a result."""
-    _tell(printable(text))
+    _to_stderr(printable(text))
 
 
 def print_error(text: str) -> None:
     """`error: what, where, what to do`, in one line."""
     colour = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
     label = "\x1b[1;31merror:\x1b[0m" if colour else "error:"
-    _tell(f"{label} {printable(text)}")
+    _to_stderr(f"{label} {printable(text)}")
 
 
-def _tell(line: str) -> None:
+def _to_stderr(line: str) -> None:
     """Write to stderr. If that fails, the work still goes on."""
     try:
         print(line, file=sys.stderr, flush=True)

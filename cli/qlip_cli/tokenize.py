@@ -120,7 +120,7 @@ def tokenize(
         print_json(document(report, output, own_rank, processes, seconds))
     else:
         print_facts(facts(report, output, own_rank, processes, seconds))
-    tell(report)
+    list_skipped(report)
     raise typer.Exit(exit_code(report))
 
 
@@ -237,7 +237,7 @@ def facts(
     return rows
 
 
-def tell(report: Report) -> None:
+def list_skipped(report: Report) -> None:
     """List on stderr what could not be used."""
     skipped = report.skipped
     if skipped.total:

@@ -121,7 +121,7 @@ def train(
     run = out or Path("runs") / (Path(name).stem + ("-balance" if mode == BALANCE else ""))
     how: Any = {"out": run, "resume": resume, "steps": steps, "dry_run": dry_run}
     if mode == BALANCE:
-        return _tell_balance(trainer.balance(name, settings, **how), json)
+        return _print_balance(trainer.balance(name, settings, **how), json)
     if resume and recipe is None:
         if settings:
             raise RecipeError("a run is resumed with its own recipe: leave out --set and --data")
@@ -129,9 +129,9 @@ def train(
         recipe = name
     if mode == GENERATOR:
         made = trainer.train_generator(recipe, settings, **how)
-        return _tell(made, [made["generator"], made["report"]], json, dry_run)
+        return _print_result(made, [made["generator"], made["report"]], json, dry_run)
     result = trainer.train(recipe, settings, stage=stage, **how)
-    _tell(result, [*result["models"].values(), result["report"]], json, dry_run)
+    _print_result(result, [*result["models"].values(), result["report"]], json, dry_run)
 
 
 def _export(
@@ -151,7 +151,7 @@ def _export(
         print_line(str(written))
 
 
-def _tell_balance(found: dict[str, Any] | None, json: bool) -> None:
+def _print_balance(found: dict[str, Any] | None, json: bool) -> None:
     if not _first():
         return
     if found is None:
@@ -162,7 +162,9 @@ def _tell_balance(found: dict[str, Any] | None, json: bool) -> None:
         print_facts([(k, f"{v:.4g}" if isinstance(v, float) else v) for k, v in found.items()])
 
 
-def _tell(result: dict[str, Any], paths: list[str | None], json: bool, dry_run: bool) -> None:
+def _print_result(
+    result: dict[str, Any], paths: list[str | None], json: bool, dry_run: bool
+) -> None:
     if not _first():
         return
     if json:
