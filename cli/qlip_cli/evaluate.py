@@ -20,6 +20,7 @@ from qlip_cli.results import (
     metrics_of,
     show,
     stored,
+    torch_device,
 )
 from qlip_cli.terminal import print_json, print_table, progress
 
@@ -96,8 +97,7 @@ def recon(
     from qlip_core.evaluation import evaluate_reconstruction
     from qlip_core.evaluation.emoji import HELD_OUT, reconstruction_examples
 
-    where = network.device if network.backend == "torch" else "cpu"
-    metrics = metrics_of(lpips, inception, where)
+    distance, features = metrics_of(lpips, inception, torch_device(network))
     if data == EMOJI:
         examples: Examples = reconstruction_examples(network.config.image_size, limit or HELD_OUT)
     else:
@@ -107,8 +107,8 @@ def recon(
             network,
             examples,
             batch_size=batch_size,
-            lpips=metrics[0],
-            inception=metrics[1],
+            lpips=distance,
+            inception=features,
             shown=shown if out is not None else 0,
             progress=advance,
         )

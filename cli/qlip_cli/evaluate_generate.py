@@ -23,6 +23,7 @@ from qlip_cli.results import (
     metrics_of,
     show,
     stored,
+    torch_device,
 )
 from qlip_cli.terminal import note, progress
 
@@ -148,7 +149,7 @@ def evaluate_generate(
         sets = [captions_of(stored(data, limit))]
     sets = [each.first(limit) for each in sets]
 
-    where = network.device if network.backend == "torch" else "cpu"
+    where = torch_device(network)
     towers = None if clip is None else _towers(clip, backend, device, where)
     _, features = metrics_of(None, inception, where)
     real = None if features is None else _real(network, data, limit, features, batch_size)

@@ -12,6 +12,7 @@ from qlip_cli.outputs import check_folder, check_free, save_picture, writing
 from qlip_cli.terminal import note, print_facts, print_json, print_line
 
 if TYPE_CHECKING:
+    from qlip_core import Model
     from qlip_core.evaluation import Examples, Result
     from qlip_core.evaluation.reconstruction import Features, PairMetric
 
@@ -46,6 +47,11 @@ def stored(data: str, limit: int | None, classes: Path | None = None) -> Example
 
 def count_of(examples: Examples) -> int | None:
     return getattr(examples, "count", None) or getattr(examples, "limit", None)
+
+
+def torch_device(network: Model) -> str:
+    """Where the learned metrics run: on the model's device if torch runs it."""
+    return network.device if network.backend == "torch" else "cpu"
 
 
 def metrics_of(
