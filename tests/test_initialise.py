@@ -256,7 +256,7 @@ def test_strict_errors(tmp_path: Path) -> None:
     fails(text_file(WEIGHTS), "none of the known layouts")
     damaged = dict(good)
     damaged["visual.trunk.cls_token"] = np.full((1, 1, 48), np.nan, np.float32)
-    fails(damaged, r"cls_token has NaN")
+    fails(damaged, r"cls_token has 48 values that are NaN")
     shallow = replace(CONFIG.vision_config, num_hidden_layers=1)
     fails(good, r"unexpected visual\.trunk\.blocks\.1", replace(CONFIG, vision_config=shallow))
     narrow = dict(good)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from qlip_core.architecture import architecture, init_weights
+from qlip_core.architecture import TensorSpec, architecture, init_weights
 from qlip_core.config import QLIPConfig
 from qlip_core.errors import CheckpointError
 from qlip_core.hub import find_model
-from qlip_core.tensorfile import TensorFile
+from qlip_core.tensorfile import TensorFiles
 from qlip_torch.train.eva_names import TEXT_LAYOUTS, VISUAL_LAYOUTS, Layout, Rule, whole
 from qlip_torch.train.resample import resample_patch, resample_positions
 
@@ -95,9 +95,9 @@ def initialise(
         if not str(source):
             continue
         layouts = _layouts(part, config)
-        file, layout = _find(str(source), tower, layouts)
+        files, layout = _find(str(source), tower, layouts)
         sources[tower] = f"{source}: {layout.name}"
-        loaded = _Tower(config, file, layout, part, f"{tower} from {source}")
+        loaded = _Tower(config, files, layout, part, f"{tower} from {source}")
         arrays |= loaded.arrays
         used += loaded.used
         resampled |= loaded.resampled
@@ -108,19 +108,20 @@ def initialise(
     return arrays, Report(sources, tuple(used), resampled, left, tuple(ignored))
 
 
+def _tower_specs(config: QLIPConfig, part: str) -> dict[str, TensorSpec]:
+    """The tensors that a tower's file gives: not the logit scale, which keeps the config's value."""
+    table = architecture(config)
+    return {n: spec for n, spec in table.items() if spec.part == part and n != "logit_scale"}
+
+
 def _layouts(part: str, config: QLIPConfig) -> tuple[Layout, ...]:
-    own = [
-        name
-        for name, spec in architecture(config).items()
-        if spec.part == part and name != "logit_scale"
-    ]
     prefix = "vision_model." if part == "encoder" else "text_model."
     first = f"{prefix}embeddings.position_embedding.weight"
     qlip = Layout(
         "QLIP",
         marker=first,
         prefix=prefix,
-        rules=tuple(Rule(name, name, whole) for name in own),
+        rules=tuple(Rule(name, name, whole) for name in _tower_specs(config, part)),
         absent=re.compile("(?!)"),
         ignored=re.compile(r"vision_model\.quant_embed.*|.*\.rope\.freqs_(cos|sin)"),
     )
@@ -131,29 +132,29 @@ class _Tower:
     """One tower read from a file: our arrays, and what was done with each tensor."""
 
     def __init__(
-        self, config: QLIPConfig, file: _Files, layout: Layout, part: str, where: str
+        self, config: QLIPConfig, files: TensorFiles, layout: Layout, part: str, where: str
     ) -> None:
-        self.config, self.where = config, where
+        self.config = config
         self.arrays: dict[str, np.ndarray] = {}
         self.used: list[str] = []
         self.resampled: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.problems: list[str] = []
-        table = architecture(config)
-        specs = {n: s for n, s in table.items() if s.part == part and n != "logit_scale"}
+        specs = _tower_specs(config, part)
         tower = config.vision_config if part == "encoder" else config.text_config
+        names = files.names
         consumed: set[str] = set()
         for rule in layout.rules_for(tower.num_hidden_layers):
-            if rule.source not in file.names:
+            if rule.source not in names:
                 continue
             if rule.target in specs and rule.target not in self.arrays:
                 consumed.add(rule.source)
-                self._take(rule, file, specs[rule.target].shape)
+                self._take(rule, files, specs[rule.target].shape)
             elif rule.target not in specs and rule.target.endswith(_K_BIAS):
                 # A key bias shifts all scores of a query equally, which softmax cancels, except under
                 # rotation; so a model without one is equal to theirs only if theirs is zero.
                 consumed.add(rule.source)
-                if tower.rope and np.any(self._values(rule, file)):
+                if tower.rope and np.any(rule.take(files.float32(rule.source))):
                     self.problems.append(f"{rule.source} has a key bias, this model has none")
         for name in specs:
             if name in self.arrays or name in self.left:
@@ -163,7 +164,7 @@ class _Tower:
                 self.left[name] = "not in the file, " + ("random" if kind == "normal" else kind)
             else:
                 self.problems.append(f"nothing for {name}")
-        rest = [n for n in file.names if n.startswith(layout.prefix) and n not in consumed]
+        rest = [n for n in names if n.startswith(layout.prefix) and n not in consumed]
         self.ignored = [n for n in rest if layout.ignored.fullmatch(n)]
         self.problems += [f"unexpected {n}" for n in rest if not layout.ignored.fullmatch(n)]
         if self.problems:
@@ -173,16 +174,10 @@ class _Tower:
                 f"{'; '.join(self.problems[:6])}{more}"
             )
 
-    def _values(self, rule: Rule, file: _Files) -> np.ndarray:
-        values = file.float32(rule.source)
-        if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.where}: {rule.source} has NaN or infinite values")
-        return rule.take(values)
-
-    def _take(self, rule: Rule, file: _Files, shape: tuple[int, ...]) -> None:
+    def _take(self, rule: Rule, files: TensorFiles, shape: tuple[int, ...]) -> None:
         name = rule.target
         try:
-            values = self._values(rule, file)
+            values = rule.take(files.float32(rule.source))
             fitted, how = self._fit(name, values, shape)
         except CheckpointError:
             raise
@@ -227,18 +222,7 @@ class _Tower:
 # -- files -------------------------------------------------------------------------------------
 
 
-class _Files:
-    """The tensors of one model, in one file or in shards."""
-
-    def __init__(self, files: list[TensorFile]) -> None:
-        self._where = {name: file for file in files for name in file.entries}
-        self.names = list(self._where)
-
-    def float32(self, name: str) -> np.ndarray:
-        return self._where[name].float32(name)
-
-
-def _find(source: str, tower: str, layouts: tuple[Layout, ...]) -> tuple[_Files, Layout]:
+def _find(source: str, tower: str, layouts: tuple[Layout, ...]) -> tuple[TensorFiles, Layout]:
     """The weights for this tower at a path or hub id, and their layout."""
     path = find_model(source)
     if path.is_file():
@@ -255,8 +239,8 @@ def _find(source: str, tower: str, layouts: tuple[Layout, ...]) -> tuple[_Files,
         )
     found = []
     for name, paths in groups.items():
-        file = _Files([TensorFile(p) for p in paths])
-        found += [(name, file, layout) for layout in layouts if layout.marker in file.names]
+        files = TensorFiles(paths, paths[0].parent)
+        found += [(name, files, layout) for layout in layouts if layout.marker in files.names]
     if not found:
         kinds = ", ".join(f"{layout.name} ({layout.marker})" for layout in layouts)
         raise CheckpointError(f"{tower} from {source}: holds none of the known layouts: {kinds}")
