@@ -66,9 +66,9 @@ def keep(stage: Stage, recipe: Recipe, folder: Path, tokenizer: Path | str) -> N
         "recipe": recipe.to_dict(),
         "config": stage.model.config.to_dict(),
         "tokenizer": str(tokenizer),
-        "numbers": stage.memory.numbers(),
+        "numbers": stage.state.numbers(),
     }
-    checkpoints.save(1, stage.memory.tensors(), state, {"data": {}})
+    checkpoints.save(1, stage.state.tensors(), state, {"data": {}})
 
 
 # -- export ------------------------------------------------------------------------------------
@@ -82,12 +82,12 @@ def test_what_is_frozen_beside_a_moving_average_is_exported_as_it_is(tmp_path: P
     keep(stage, recipe, tmp_path / "run" / "stage1", "tokenizer")
     made = open_checkpoint(export(tmp_path / "run", tmp_path / "out"))
     first = init_weights(made.config, 1)
-    assert stage.memory.ema is not None
+    assert stage.state.ema is not None
     for name, spec in architecture(made.config).items():
         if spec.part == "encoder" and not name.startswith("visual_projection"):
             assert np.array_equal(made.tensor(name), first[name]), name
         else:
-            assert np.array_equal(made.tensor(name), stage.memory.ema.shadow[name].numpy()), name
+            assert np.array_equal(made.tensor(name), stage.state.ema.shadow[name].numpy()), name
 
 
 def test_a_moved_run_is_exported_with_its_own_tokenizer(
@@ -125,10 +125,10 @@ def test_after_stage_2_a_model_has_the_tokenizer_and_the_licence_of_its_start(
     keep(stage, recipe, folder, "gone/start")
     made = open_checkpoint(export(tmp_path / "run", tmp_path / "out"))
     assert made.tokenizer is not None and made.license == "mit"
-    assert stage.memory.ema is not None
+    assert stage.state.ema is not None
     for name, spec in architecture(made.config).items():
         expected = (
-            stage.memory.ema.shadow[name].numpy() if spec.part in ("down", "up") else first[name]
+            stage.state.ema.shadow[name].numpy() if spec.part in ("down", "up") else first[name]
         )
         assert np.array_equal(made.tensor(name), expected), name
 

@@ -11,11 +11,11 @@ from typing import Any, Protocol
 from qlip_core.errors import QlipError
 from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.distributed import StopRequest, World
-from qlip_torch.train.memory import Memory
 from qlip_torch.train.metrics import Metrics, Speed
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import CheckpointRecipe, StepsRecipe
 from qlip_torch.train.stage import StepReport
+from qlip_torch.train.train_state import TrainState
 
 
 class Interrupted(QlipError):
@@ -44,7 +44,7 @@ class Trained(Protocol):
     @property
     def precision(self) -> Precision: ...
     @property
-    def memory(self) -> Memory: ...
+    def state(self) -> TrainState: ...
 
     def step(self, batches: Any, step: int, *, probe: bool = False) -> StepReport: ...
 
@@ -93,8 +93,8 @@ def resumed(
     latest = checkpoints.latest()
     if latest is None:
         return checkpoints, 0, []
-    found = checkpoints.load(latest, stage.memory.tensors())
-    stage.memory.restore_numbers(found.state["numbers"])
+    found = checkpoints.load(latest, stage.state.tensors())
+    stage.state.restore_numbers(found.state["numbers"])
     return checkpoints, found.state["step"], [rank["data"] for rank in found.ranks]
 
 
@@ -164,7 +164,7 @@ def save(parts: Parts, done: int) -> None:
         "recipe": parts.recipe.to_dict(),
         "config": parts.config.to_dict(),
         "tokenizer": str(parts.tokenizer_folder.absolute()),
-        "numbers": stage.memory.numbers(),
+        "numbers": stage.state.numbers(),
     }
     own = {"data": parts.loader.state_dict()}
-    parts.checkpoints.save(done, stage.memory.tensors(), state, own)
+    parts.checkpoints.save(done, stage.state.tensors(), state, own)

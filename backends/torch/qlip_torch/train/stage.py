@@ -19,11 +19,11 @@ from qlip_core.errors import QlipError
 from qlip_torch.model import MLP, QLIP, Block, SwiGLU
 from qlip_torch.train.accumulate import Terms
 from qlip_torch.train.distributed import World, clip_gradients
-from qlip_torch.train.memory import Memory
 from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.pictures import Batch
 from qlip_torch.train.precision import Precision
 from qlip_torch.train.recipe import StageRecipe
+from qlip_torch.train.train_state import TrainState
 
 # A bit that is nearly always the same carries no information.
 DEAD = 0.01
@@ -128,11 +128,11 @@ class Stage:
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         # Stage 2's frozen parts are stored in its start; stage 1 stores those that its recipe froze.
         frozen_elsewhere = self.number == 2
-        self.memory = Memory(
+        self.state = TrainState(
             self.model, self.optimizer, self.recipe.ema, trained_only=frozen_elsewhere
         )
         if self.companion is not None:
-            self.memory.add("discriminator", self.companion.module, self.companion.optimizer)
+            self.state.add("discriminator", self.companion.module, self.companion.optimizer)
 
     def step(self, batches: Sequence[Batch], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches.
@@ -140,7 +140,7 @@ class Stage:
         Raises NonFiniteError, naming the term, before any weight changes.
         """
         rate = cosine_warmup(step, self.recipe.warmup, self.recipe.steps)
-        for optimizer in self.memory.optimizers:
+        for optimizer in self.state.optimizers:
             set_rates(optimizer, rate)
         layer = LayerProbe(self.shared_layer) if probe else None
         try:
@@ -157,8 +157,8 @@ class Stage:
         if self.companion is not None:
             self.companion.step()
         self.after(step)
-        if self.memory.ema is not None:
-            self.memory.ema.update(self.model)
+        if self.state.ema is not None:
+            self.state.ema.update(self.model)
         return StepReport(
             terms=terms,
             total=sum(weight * terms[name] for name, weight in self.weights.items()),

@@ -20,11 +20,11 @@ from qlip_torch.generator import Generator
 from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, spread
 from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
-from qlip_torch.train.memory import Memory
 from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
 from qlip_torch.train.precision import Precision, exactly, lifted
 from qlip_torch.train.recipe_file import GENERATOR
 from qlip_torch.train.stage import NonFiniteError, StepReport
+from qlip_torch.train.train_state import TrainState
 
 LOSS = "cross_entropy"
 
@@ -75,7 +75,7 @@ class GeneratorStage:
             betas=self.recipe.betas,
             fused=True,
         )
-        self.memory = Memory(model, self.optimizer, self.recipe.ema, trained_only=True)
+        self.state = TrainState(model, self.optimizer, self.recipe.ema, trained_only=True)
 
     def step(self, batches: Sequence[Inputs], step: int, *, probe: bool = False) -> StepReport:
         """One update of the weights on this rank's micro-batches, each from `inputs`.
@@ -99,8 +99,8 @@ class GeneratorStage:
             raise NonFiniteError(wrong, step + 1)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.memory.ema is not None:
-            self.memory.ema.update(self.model)
+        if self.state.ema is not None:
+            self.state.ema.update(self.model)
         rates = learning_rates(self.optimizer)
         return StepReport({LOSS: value}, value, gradient_norm, rate, None, rates)
 
@@ -122,7 +122,7 @@ class GeneratorStage:
     def weights(self) -> dict[str, np.ndarray]:
         """All tensors as float32 by name, on the first rank ({} elsewhere): the moving average if there is
         one. Every rank calls it."""
-        ema = self.memory.ema
+        ema = self.state.ema
         source = ema.shadow if ema is not None else dict(self.model.named_parameters())
         out = {}
         for name, tensor in source.items():

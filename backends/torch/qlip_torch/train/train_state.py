@@ -11,7 +11,7 @@ from qlip_torch.train.ema import Ema
 from qlip_torch.train.optimizers import fill_state
 
 
-class Memory:
+class TrainState:
     """Weights, optimizer states and moving average: all that a resumed run needs of a model."""
 
     def __init__(
