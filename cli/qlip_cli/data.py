@@ -123,13 +123,13 @@ def report_lines(report: Report) -> list[str]:
         f"images      {size_text(report.image_bytes)}, "
         + (", ".join(f"{k} {n}" for k, n in report.formats.most_common()) or "none"),
     ]
-    for name, spread, unit in (
+    for name, histogram, unit in (
         ("width", report.width, "px"),
         ("height", report.height, "px"),
         ("captions", report.caption_characters, "characters"),
         ("", report.caption_words, "words"),
     ):
-        if found := spread.to_dict():
+        if found := histogram.to_dict():
             out.append(
                 f"{name:<11} {found['min']} to {found['max']} {unit}, median {found['median']}"
             )

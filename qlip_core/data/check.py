@@ -31,7 +31,7 @@ _EXAMPLES = 10
 
 
 @dataclass
-class Spread:
+class Histogram:
     """Integers counted by value, which gives exact order statistics in memory bounded by their range."""
 
     counts: Counter[int] = field(default_factory=Counter)
@@ -62,10 +62,10 @@ class Report:
     samples: int = 0
     image_bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
-    width: Spread = field(default_factory=Spread)
-    height: Spread = field(default_factory=Spread)
-    caption_characters: Spread = field(default_factory=Spread)
-    caption_words: Spread = field(default_factory=Spread)
+    width: Histogram = field(default_factory=Histogram)
+    height: Histogram = field(default_factory=Histogram)
+    caption_characters: Histogram = field(default_factory=Histogram)
+    caption_words: Histogram = field(default_factory=Histogram)
     broken: Tally = field(default_factory=lambda: Tally(keep=1000))
     duplicates: int = 0
     duplicate_examples: list[str] = field(default_factory=list)
