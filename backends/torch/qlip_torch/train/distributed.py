@@ -225,7 +225,7 @@ class StopRequest:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Parallel:
     """A module as the engine runs it, and how accumulation tells it which backward averages gradients."""
 
     module: nn.Module
@@ -266,7 +266,7 @@ def _compiled(block: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def spread(
+def parallelize(
     module: nn.Module,
     blocks: Sequence[nn.Module],
     engine: EngineRecipe,
@@ -275,7 +275,7 @@ def spread(
     apart: Sequence[str] = (),
     methods: Sequence[str] = (),
     half: bool = False,
-) -> Spread:
+) -> Parallel:
     """DDP or FSDP2 over all ranks. `apart` names parameters whose gradients the caller averages itself,
     `methods` the module's methods besides `forward` that are called, without gradients.
 
@@ -283,11 +283,11 @@ def spread(
     bottleneck, projections) stays float32. It averages at every backward, so that gradients stay sharded.
     """
     if world.group is None:
-        return Spread(module, lambda last: nullcontext())
+        return Parallel(module, lambda last: nullcontext())
     kept = [module.get_parameter(name) for name in apart]
     if engine.parallel == "fsdp":
         _shard(module, blocks, engine, world, kept, methods, half)
-        return Spread(module, lambda last: nullcontext())
+        return Parallel(module, lambda last: nullcontext())
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(apart))
     # Buffers are tables that each rank computes for itself; from torch 2.13 the option has another name.
     known = inspect.signature(DistributedDataParallel).parameters
@@ -299,7 +299,7 @@ def spread(
         gradient_as_bucket_view=True,
         **no_buffers,
     )
-    return Spread(wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
+    return Parallel(wrapped, lambda last: nullcontext() if last else wrapped.no_sync())
 
 
 def _shard(

@@ -21,7 +21,7 @@ from qlip_core.architecture import architecture
 from qlip_torch.model import QLIP
 from qlip_torch.train import objectives
 from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
-from qlip_torch.train.distributed import World, average_gradients, prepare_blocks, spread
+from qlip_torch.train.distributed import World, average_gradients, parallelize, prepare_blocks
 from qlip_torch.train.optimizers import Lamb, group_of, parameter_groups
 from qlip_torch.train.pictures import Batch, Normalizer
 from qlip_torch.train.precision import Precision, exactly, lifted
@@ -170,7 +170,7 @@ def build_stage1(model: QLIP, recipe: Stage1Recipe, engine: EngineRecipe, world:
     network = Stage1Network(model, precision, aligns=recipe.align > 0)
     blocks = model.blocks()
     prepare_blocks(blocks, engine)
-    wrapped = spread(
+    wrapped = parallelize(
         network, blocks, engine, world, apart=[SCALE], methods=["reconstruct"], half=precision.half
     )
     groups = parameter_groups(model, recipe.learning_rate.by_group, recipe.weight_decay)

@@ -29,8 +29,8 @@ from qlip_torch.train.distributed import (
     World,
     average_gradients,
     gradient_norm,
+    parallelize,
     prepare_blocks,
-    spread,
 )
 from qlip_torch.train.optimizers import parameter_groups
 from qlip_torch.train.pictures import Batch, Normalizer
@@ -255,7 +255,7 @@ def build_stage2(
     blocks = model.blocks()
     prepare_blocks(blocks, engine)
     methods = ["encode", "reconstruct"]
-    wrapped = spread(network, blocks, engine, world, methods=methods, half=precision.half)
+    wrapped = parallelize(network, blocks, engine, world, methods=methods, half=precision.half)
     groups = parameter_groups(model, recipe.learning_rate.by_group, recipe.weight_decay)
     optimizer = torch.optim.AdamW(
         groups, betas=recipe.betas, weight_decay=recipe.weight_decay, fused=True

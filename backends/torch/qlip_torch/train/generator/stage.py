@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from qlip_core.generator.conditioning import Conditioner, encode_prompts
 from qlip_torch.generator import Generator
-from qlip_torch.train.distributed import World, clip_gradients, prepare_blocks, spread
+from qlip_torch.train.distributed import World, clip_gradients, parallelize, prepare_blocks
 from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
 from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
@@ -68,7 +68,9 @@ class GeneratorStage:
         blocks = model.blocks()
         prepare_blocks(blocks, recipe.engine, random=model.config.dropout > 0)
         network = LossNetwork(model, self.precision)
-        self._spread = spread(network, blocks, recipe.engine, world, half=self.precision.half)
+        self._parallel = parallelize(
+            network, blocks, recipe.engine, world, half=self.precision.half
+        )
         self.optimizer = torch.optim.AdamW(
             _groups(model, self.recipe),
             lr=self.recipe.learning_rate,
@@ -86,8 +88,8 @@ class GeneratorStage:
         set_rates(self.optimizer, rate)
         losses = []
         for i, inputs in enumerate(batches):
-            with self._spread.syncing(i == len(batches) - 1):
-                loss = self._spread.module(*inputs)
+            with self._parallel.syncing(i == len(batches) - 1):
+                loss = self._parallel.module(*inputs)
                 (loss / len(batches)).backward()
             losses.append(loss.detach())
         # One wait for the device: the mean loss of the global batch and the gradient's norm.
