@@ -88,7 +88,7 @@ def _rotate(self: Rotary, x: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def _look(self: stages.Stage, found: Any, norm: Any, step: int) -> tuple[Any, ...]:
+def _to_host(self: stages.Stage, found: Any, norm: Any, step: int) -> tuple[Any, ...]:
     """Replaces the method that reads the losses' values, which fake tensors do not have."""
     return dict.fromkeys(found.terms, 0.0), 0.0, None, None
 
@@ -97,7 +97,7 @@ def _look(self: stages.Stage, found: Any, norm: Any, step: int) -> tuple[Any, ..
 def without_values() -> Iterator[None]:
     """The trainer without what depends on values: reading losses, and whether the gradient is clipped."""
     with (
-        mock.patch.object(stages.Stage, "_look", _look),
+        mock.patch.object(stages.Stage, "_to_host", _to_host),
         mock.patch.object(stages, "clip_gradients", lambda *_: torch.zeros(())),
         mock.patch.object(Rotary, "forward", _rotate),
         # Everything is on the one device, and fake parameters refuse to be exchanged.

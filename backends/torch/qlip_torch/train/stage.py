@@ -151,7 +151,7 @@ class Stage:
         norms = {"gradient norm": clip_gradients(self.parameters, self.recipe.clip, self.world)}
         if self.companion is not None:
             norms["discriminator gradient norm"] = self.companion.gradient_norm()
-        terms, gradient_norm, bits, scale = self._look(found, norms, step)
+        terms, gradient_norm, bits, scale = self._to_host(found, norms, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.companion is not None:
@@ -170,7 +170,7 @@ class Stage:
             layer_norms=layer.norms(self.weights, self.world) if layer is not None else {},
         )
 
-    def _look(
+    def _to_host(
         self, found: Backward, norms: dict[str, Tensor], step: int
     ) -> tuple[dict[str, float], float, Bits | None, float | None]:
         """Terms, the first of the gradient norms, bits and exp(logit_scale) as numbers, with a single wait for

@@ -206,9 +206,9 @@ class Stage2Losses:
             self.weights["gan"] = self._gan if step >= self._gan_start else 0.0
         self._step, self._share, self.discriminator_terms = step, 1 / micro_batches, {}
 
-    def teach(self) -> None:
-        """Train the discriminator on a micro-batch's reconstruction, after the backward has freed its memory. Doing
-        so at once, not after the whole batch, keeps only one micro-batch's pictures in memory."""
+    def train_discriminator(self) -> None:
+        """Take the discriminator's gradients on a micro-batch's reconstruction, after the backward has freed its
+        memory. Doing so at once, not after the whole batch, keeps only one micro-batch's pictures in memory."""
         if self.adversary is None or self._seen is None:
             return
         (real, reconstruction), self._seen = self._seen, None
@@ -276,7 +276,11 @@ def build_stage2(
         losses.begin(step, len(batches))
         encoded = [network.encode(batch.pixels) for batch in batches]
         found = accumulated_backward(
-            losses, encoded, probe=probe, syncing=wrapped.syncing, after_each=losses.teach
+            losses,
+            encoded,
+            probe=probe,
+            syncing=wrapped.syncing,
+            after_each=losses.train_discriminator,
         )
         return Backward(found.terms | losses.discriminator_terms, found.features[0])
 
