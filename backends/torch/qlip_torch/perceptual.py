@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qlip_core.errors import QlipError
 from qlip_core.preprocessing import CLIP_MEAN, CLIP_STD
-from qlip_torch.train.precision import exactly, lifted
+from qlip_torch.train.precision import at_least_float32, no_autocast
 from qlip_torch.weight_files import fitted, read_weights, weight_files
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Lpips(nn.Module):
     def distances(self, x: Tensor, y: Tensor) -> Tensor:
         """One distance per image: two [B, 3, S, S] in [-1, 1] to float32 [B]."""
         pairs = zip(self.extract(x), self.extract(y), self.linear)
-        with exactly(x.device):
+        with no_autocast(x.device):
             terms = [
                 ((_unit(fx) - _unit(fy)).square() * w.view(-1, 1, 1)).sum(1).mean((-1, -2))
                 for fx, fy, w in pairs
@@ -102,7 +102,7 @@ class Lpips(nn.Module):
 
 def _unit(features: Tensor) -> Tensor:
     """Channels [B, C, h, w] to unit length. vector_norm has gradient 0 at 0, where sqrt's is infinite."""
-    features = lifted(features)
+    features = at_least_float32(features)
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
 
 

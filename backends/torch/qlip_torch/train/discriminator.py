@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlip_core.errors import QlipError
-from qlip_torch.train.precision import exactly, lifted
+from qlip_torch.train.precision import at_least_float32, no_autocast
 
 FIR = (1.0, 3.0, 3.0, 1.0)
 SLOPE = 0.2
@@ -167,8 +167,8 @@ def r1_penalty(
     Added once every `interval` steps (`r1_is_due`); the factor `interval` compensates for that (arXiv
     1912.04958, appendix B). weight is R1's gamma.
     """
-    with exactly(real.device):
-        real = lifted(real.detach()).requires_grad_()
+    with no_autocast(real.device):
+        real = at_least_float32(real.detach()).requires_grad_()
         # The minibatch deviation makes D mix images; like StyleGAN, take the gradient of the sum.
         (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
         return slope.square().sum((1, 2, 3)).mean() * (weight / 2 * interval)

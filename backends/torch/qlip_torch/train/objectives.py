@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlip_core.errors import ConfigError, QlipError
 from qlip_torch.train.collectives import gather_rows, mean_over_ranks
-from qlip_torch.train.precision import exactly, lifted
+from qlip_torch.train.precision import at_least_float32, no_autocast
 
 CHUNK_BYTES, ENTROPY_BYTES = 16 * 2**20, 100 * 2**20
 """Half-group joints of one chunk of tokens, and roughly the total of `bsq_entropy`: backward holds six times
@@ -32,8 +32,8 @@ CHUNK_ROWS = 2048
 def mse(reconstruction: Tensor, target: Tensor) -> Tensor:
     """`mean((x_hat - x)^2)` over all values of [B, 3, S, S], in the normalised pixel space."""
     _same_shape("mse", reconstruction, target)
-    with exactly(reconstruction.device):
-        return F.mse_loss(lifted(reconstruction), lifted(target))
+    with no_autocast(reconstruction.device):
+        return F.mse_loss(at_least_float32(reconstruction), at_least_float32(target))
 
 
 def commitment(z: Tensor, z_hat: Tensor) -> Tensor:
@@ -42,8 +42,8 @@ def commitment(z: Tensor, z_hat: Tensor) -> Tensor:
     SPEC 1.3's optional term on the up-projected side: it moves `z` towards what the decoder sees.
     """
     _same_shape("commitment", z_hat, z)
-    with exactly(z.device):
-        return F.mse_loss(lifted(z), lifted(z_hat.detach()))
+    with no_autocast(z.device):
+        return F.mse_loss(at_least_float32(z), at_least_float32(z_hat.detach()))
 
 
 def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
@@ -54,9 +54,9 @@ def ssim(reconstruction: Tensor, target: Tensor) -> Tensor:
     LPIPS; this one is for machines without LPIPS' weights.
     """
     _same_shape("ssim", reconstruction, target)
-    with exactly(reconstruction.device):
+    with no_autocast(reconstruction.device):
         # Shifted to start at 0, because SSIM's first factor compares means by their ratio.
-        x, y = ((lifted(image) + 1) / 2 for image in (reconstruction, target))
+        x, y = ((at_least_float32(image) + 1) / 2 for image in (reconstruction, target))
         rows, columns = (_gaussian_rows(size, x) for size in x.shape[-2:])
         maps = torch.stack((x, y, x * x, y * y, x * y))
         mean_x, mean_y, xx, yy, xy = rows @ maps @ columns.T
@@ -126,8 +126,8 @@ def bsq_entropy(
     size = 1 if per_bit else group_size
     if size < 1 or length % size:
         raise ConfigError(f"group_size {group_size} does not divide the {length} bits of u")
-    with exactly(u.device):
-        tokens = lifted(u).reshape(-1, length)
+    with no_autocast(u.device):
+        tokens = at_least_float32(u).reshape(-1, length)
         if chunk_tokens is None:
             widths = 2 ** (size // 2) + 2 ** (size - size // 2)
             token_bytes = length // size * widths * tokens.element_size()
@@ -176,7 +176,7 @@ class _SoftAssignment(Function):
         count = u.shape[0]
         low = ctx.size // 2
         grad_u = torch.empty_like(u)
-        with exactly(u.device):
+        with no_autocast(u.device):
             for part, out in zip(u.split(ctx.chunk), grad_u.split(ctx.chunk)):
                 one, zero = _bit_probabilities(part * ctx.slope, ctx.size)
                 left, right = _half_joints(one, zero)
@@ -263,9 +263,9 @@ def info_nce(
     recomputed in backward.
     """
     _same_shape("info_nce", image, text)
-    with exactly(image.device):
-        image, text = lifted(image), lifted(text)
-        scale = lifted(logit_scale).exp()
+    with no_autocast(image.device):
+        image, text = at_least_float32(image), at_least_float32(text)
+        scale = at_least_float32(logit_scale).exp()
         first, all_image, all_text = 0, image, text
         if group is not None and dist.get_world_size(group) > 1:
             first = dist.get_rank(group) * image.shape[0]
@@ -291,7 +291,7 @@ def _row_cross_entropy(queries: Tensor, keys: Tensor, first: int, chunk_rows: in
 
 
 def _summed_cross_entropy(rows: Tensor, keys: Tensor, labels: Tensor) -> Tensor:
-    with exactly(rows.device):
+    with no_autocast(rows.device):
         return F.cross_entropy(rows @ keys.T, labels, reduction="sum")
 
 

@@ -48,11 +48,11 @@ class Precision:
             torch.set_float32_matmul_precision(before)
 
 
-def exactly(device: torch.device) -> AbstractContextManager[object]:
+def no_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Turns autocast off, for code that must run in float32."""
     return torch.autocast(device.type, enabled=False)
 
 
-def lifted(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """As float32; float64 stays, for gradient checks."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

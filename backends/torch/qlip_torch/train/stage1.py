@@ -24,7 +24,7 @@ from qlip_torch.train.accumulate import Features, Terms, accumulated_backward
 from qlip_torch.train.distributed import World, average_gradients, parallelize, prepare_blocks
 from qlip_torch.train.optimizers import Lamb, group_of, parameter_groups
 from qlip_torch.train.pictures import Batch, Normalizer
-from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.precision import Precision, at_least_float32, no_autocast
 from qlip_torch.train.recipe import EngineRecipe, Stage1Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage, last_shared_layer
 
@@ -60,14 +60,14 @@ class Stage1Network(nn.Module):
         pixels, ids = self.normalize(pixels), ids.to(device, non_blocking=True)
         with self.precision.autocast():
             cls, z = model.encode(pixels)
-            with exactly(device):
-                u = model.bottleneck_down(lifted(z))
+            with no_autocast(device):
+                u = model.bottleneck_down(at_least_float32(z))
             image = text = nothing = u.new_zeros(())
             if self._aligns:
                 image, text = model.embed_image(cls), model.embed_text(ids)
-                with exactly(device):
-                    image = F.normalize(lifted(image), dim=-1)
-                    text = F.normalize(lifted(text), dim=-1)
+                with no_autocast(device):
+                    image = F.normalize(at_least_float32(image), dim=-1)
+                    text = F.normalize(at_least_float32(text), dim=-1)
             if not reconstruct:
                 return Forward(image, text, u, nothing, nothing)
             z_hat = model.bottleneck_up(model.quantize(u))
@@ -147,8 +147,8 @@ def reconstruct(model: QLIP, pixels: Tensor, precision: Precision) -> Tensor:
     # Runs rarely, and with another batch size than steps: not worth compiling.
     with torch.compiler.set_stance("force_eager"), precision.autocast():
         _, z = model.encode(pixels)
-        with exactly(precision.device):
-            u = model.bottleneck_down(lifted(z))
+        with no_autocast(precision.device):
+            u = model.bottleneck_down(at_least_float32(z))
         return model.decode(model.bottleneck_up(model.quantize(u)))
 
 

@@ -34,7 +34,7 @@ from qlip_torch.train.distributed import (
 )
 from qlip_torch.train.optimizers import parameter_groups
 from qlip_torch.train.pictures import Batch, Normalizer
-from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.precision import Precision, at_least_float32, no_autocast
 from qlip_torch.train.recipe import DiscriminatorRecipe, EngineRecipe, Stage2Recipe
 from qlip_torch.train.stage import Backward, LayerProbe, Stage
 from qlip_torch.train.stage1 import objectives_of_code, reconstruct
@@ -91,8 +91,8 @@ class Stage2Network(nn.Module):
     def forward(self, pixels: Tensor, z: Tensor, decode: bool) -> Forward:
         model = self.model
         with self.precision.autocast():
-            with exactly(self.precision.device):
-                u = model.bottleneck_down(lifted(z))
+            with no_autocast(self.precision.device):
+                u = model.bottleneck_down(at_least_float32(z))
             if not decode:
                 nothing = u.new_zeros(())
                 return Forward(u, nothing, nothing, nothing, nothing)

@@ -21,7 +21,7 @@ from qlip_torch.train.distributed import World, clip_gradients, parallelize, pre
 from qlip_torch.train.generator.feed import Inputs, Rows, dropped
 from qlip_torch.train.generator.recipe import GeneratorRecipe, GeneratorStepsRecipe
 from qlip_torch.train.optimizers import cosine_warmup, learning_rates, set_rates
-from qlip_torch.train.precision import Precision, exactly, lifted
+from qlip_torch.train.precision import Precision, at_least_float32, no_autocast
 from qlip_torch.train.recipe_file import GENERATOR
 from qlip_torch.train.stage import NonFiniteError, StepReport
 from qlip_torch.train.train_state import TrainState
@@ -47,8 +47,8 @@ class LossNetwork(nn.Module):
         )
         with self.precision.autocast():
             logits = self.model(features, valid, null, tokens)
-        with exactly(device):
-            return F.cross_entropy(lifted(logits).flatten(0, 1), tokens.flatten())
+        with no_autocast(device):
+            return F.cross_entropy(at_least_float32(logits).flatten(0, 1), tokens.flatten())
 
 
 class GeneratorStage:
