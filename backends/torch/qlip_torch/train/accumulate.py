@@ -98,16 +98,16 @@ def accumulated_backward(
     cached = tuple(torch.cat(parts).requires_grad_() for parts in zip(*rows))
     counts = [len(parts[0]) for parts in rows]
     del rows
-    terms, slopes = _feature_gradients(losses, cached, apart=probe is not None)
+    terms, gradients = _feature_gradients(losses, cached, apart=probe is not None)
 
     share = 1 / len(batches)
     sums: Terms = {}
-    for index, (inputs, piece) in enumerate(zip(batches, _split(slopes, counts))):
+    for index, (inputs, piece) in enumerate(zip(batches, _split(gradients, counts))):
         with syncing(index == len(batches) - 1):
             if probe is not None:
                 probe.listen()
             features, local = losses.forward(inputs)
-            pieces = {name: _dot(features, slope) for name, slope in piece.items()}
+            pieces = {name: _dot(features, gradient) for name, gradient in piece.items()}
             for name, term in local.items():
                 sums[name] = sums.get(name, 0) + term.detach() * share
                 if name in losses.weights:
@@ -130,33 +130,34 @@ def _feature_gradients(
     if not weighted:
         return _detached(terms), {}
     total = _total(weighted, losses.weights)
-    slopes: dict[str, Features] = {}
+    gradients: dict[str, Features] = {}
     if apart:
         for name, term in weighted.items():
-            slopes[name] = torch.autograd.grad(
+            gradients[name] = torch.autograd.grad(
                 term, cached, retain_graph=True, allow_unused=True, materialize_grads=True
             )
     found = torch.autograd.grad(
         total, [*cached, *parameters], allow_unused=True, materialize_grads=True
     )
-    for parameter, slope in zip(parameters, found[len(cached) :]):
-        parameter.grad = slope if parameter.grad is None else parameter.grad + slope
+    for parameter, gradient in zip(parameters, found[len(cached) :]):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
     if not apart:
-        slopes["all"] = found[: len(cached)]
-    return _detached(terms), slopes
+        gradients["all"] = found[: len(cached)]
+    return _detached(terms), gradients
 
 
-def _split(slopes: dict[str, Features], counts: list[int]) -> Iterator[dict[str, Features]]:
+def _split(gradients: dict[str, Features], counts: list[int]) -> Iterator[dict[str, Features]]:
+    """The gradients of each micro-batch's rows."""
     start = 0
     for count in counts:
         rows = slice(start, start + count)
-        yield {name: tuple(each[rows] for each in slope) for name, slope in slopes.items()}
+        yield {name: tuple(each[rows] for each in parts) for name, parts in gradients.items()}
         start += count
 
 
-def _dot(features: Features, slope: Features) -> Tensor:
+def _dot(features: Features, gradients: Features) -> Tensor:
     total = features[0].new_zeros(())
-    for feature, gradient in zip(features, slope):
+    for feature, gradient in zip(features, gradients):
         total = total + (feature * gradient).sum()
     return total
 

@@ -170,5 +170,5 @@ def r1_penalty(
     with no_autocast(real.device):
         real = at_least_float32(real.detach()).requires_grad_()
         # The minibatch deviation makes D mix images; like StyleGAN, take the gradient of the sum.
-        (slope,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
-        return slope.square().sum((1, 2, 3)).mean() * (weight / 2 * interval)
+        (gradient,) = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
+        return gradient.square().sum((1, 2, 3)).mean() * (weight / 2 * interval)

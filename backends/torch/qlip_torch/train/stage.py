@@ -241,12 +241,12 @@ class LayerProbe:
         x, y = self._seen
         self._seen = None
         for name, piece in pieces.items():
-            slope = None
+            at_output = None
             if piece.requires_grad:
-                (slope,) = torch.autograd.grad(piece, y, retain_graph=True, allow_unused=True)
-            if slope is None:
-                slope = torch.zeros_like(y)
-            gradient = slope.float().flatten(0, -2).T @ x.float().flatten(0, -2)
+                (at_output,) = torch.autograd.grad(piece, y, retain_graph=True, allow_unused=True)
+            if at_output is None:
+                at_output = torch.zeros_like(y)
+            gradient = at_output.float().flatten(0, -2).T @ x.float().flatten(0, -2)
             self._sums[name] = self._sums.get(name, 0) + gradient
 
     def norms(self, weights: dict[str, float], world: World) -> dict[str, float]:
