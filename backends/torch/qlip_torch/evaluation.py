@@ -10,8 +10,7 @@ import torch
 
 from qlip_core.files import sha256_of
 from qlip_torch.inception import SIDE, Inception, build_inception
-from qlip_torch.perceptual import Lpips, build_perceptual
-from qlip_torch.weight_files import weight_files
+from qlip_torch.perceptual import Lpips, build_perceptual, perceptual_files
 
 # Inception at 299 px needs tens of MB per image.
 _IMAGES_AT_ONCE = 32
@@ -73,9 +72,7 @@ def lpips_metric(source: str, device: str = "cpu") -> LpipsMetric:
     model = build_perceptual(source)
     if source == "random":
         return LpipsMetric(model, f"{model.name}, NOT LPIPS", device)
-    sources = [each.strip() for each in source.split(",") if each.strip()]
-    files = [path for each in sources for path in weight_files(each, "LPIPS weights")]
-    return LpipsMetric(model, sha256_of(files), device)
+    return LpipsMetric(model, sha256_of(perceptual_files(source)), device)
 
 
 def inception_features(source: str, device: str = "cpu") -> InceptionFeatures:

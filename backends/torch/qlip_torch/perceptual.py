@@ -16,6 +16,7 @@ Legend: x, y [B, 3, S, S] in [-1, 1]; f_k the features of tap k with C_k channel
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -117,11 +118,22 @@ def build_perceptual(perceptual: str, seed: int = 0) -> Lpips:
     if perceptual == "random":
         return _random(seed)
     tensors: dict[str, Tensor] = {}
-    sources = [source.strip() for source in perceptual.split(",") if source.strip()]
-    for source in sources:
-        for path in weight_files(source, "perceptual weights"):
-            tensors |= read_weights(path)
-    return _load(tensors, ", ".join(sources))
+    for path in perceptual_files(perceptual):
+        tensors |= read_weights(path)
+    return _load(tensors, ", ".join(_sources(perceptual)))
+
+
+def perceptual_files(perceptual: str) -> list[Path]:
+    """The safetensors files of all sources, in order. Raises CheckpointError if one has none."""
+    return [
+        path
+        for source in _sources(perceptual)
+        for path in weight_files(source, "perceptual weights")
+    ]
+
+
+def _sources(perceptual: str) -> list[str]:
+    return [source.strip() for source in perceptual.split(",") if source.strip()]
 
 
 def _random(seed: int) -> Lpips:
