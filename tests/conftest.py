@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Tests run in two processes (pyproject.toml): a thread each, or they would wait for one another.
+    # Several processes run tests (pyproject.toml): a thread each, or they would wait for one another.
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, "1")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
@@ -50,8 +50,6 @@ def emoji(
     Splits: "train"; "held-out", renderings that training never sees; "combinations" of glyph, background
     and place that training never sees; "unseen", glyphs and names that training never sees.
     """
-    from typing import get_args
-
     from qlip_core.data.emoji_set import Split
     from qlip_core.data.emoji_shards import write_shards
     from qlip_core.errors import DataError

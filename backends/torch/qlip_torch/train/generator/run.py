@@ -147,7 +147,7 @@ class _Run:
         if (out / FOLDER / "config.json").is_file():
             return None
         # Missing data is reported before anything costly is done.
-        make_feed(self.recipe, self.config, self.tokenizer, self.world)
+        make_feed(recipe, self.config, self.tokenizer, world)
         plan = self._plan()
         stage = self._build()
         # Each rank draws its own dropout.
