@@ -300,12 +300,12 @@ def test_cut_prompts_are_told(cli: Qlip) -> None:
 def test_cut_prompts_are_told_before_the_work(
     cli: Qlip, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = []
+    written = []
     monkeypatch.setattr(
-        TokenDrawer, "_rows", lambda *_: told.append(capsys.readouterr().err) or 1 / 0
+        TokenDrawer, "_rows", lambda *_: written.append(capsys.readouterr().err) or 1 / 0
     )
     assert cli("generate", "cat " * 10, "-o", "x.png").code == 70
-    assert told[0].endswith("its end is cut\n")
+    assert written[0].endswith("its end is cut\n")
 
 
 def test_an_interrupted_run_leaves_nothing(cli: Qlip, monkeypatch: pytest.MonkeyPatch) -> None:

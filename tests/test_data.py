@@ -239,14 +239,14 @@ def test_check_counts_and_names_what_is_broken(tmp_path):
     assert (report.samples, report.good, report.duplicates) == (11, 3, 1)
     assert report.broken.counts == REASONS
     assert report.duplicate_examples == ["ok1"]
-    told = report.to_dict()
-    assert told == json.loads(json.dumps(told))
-    assert told["formats"] == {"png": 3}
-    assert told["width"] == {"min": 20, "median": 20, "max": 20}
-    assert told["height"] == {"min": 18, "median": 18, "max": 18}
-    assert told["caption_characters"] == {"min": 3, "median": 5, "max": 9}
-    assert told["caption_words"] == {"min": 1, "median": 1, "max": 2}
-    assert told["image_bytes"] == len(png(1)) + len(png(8)) + len(png(9))
+    found = report.to_dict()
+    assert found == json.loads(json.dumps(found))
+    assert found["formats"] == {"png": 3}
+    assert found["width"] == {"min": 20, "median": 20, "max": 20}
+    assert found["height"] == {"min": 18, "median": 18, "max": 18}
+    assert found["caption_characters"] == {"min": 3, "median": 5, "max": 9}
+    assert found["caption_words"] == {"min": 1, "median": 1, "max": 2}
+    assert found["image_bytes"] == len(png(1)) + len(png(8)) + len(png(9))
     text = "\n".join(report_lines(report))
     assert "cut: broken image (truncated" in text
     assert "text: broken image (not an image)" in text
@@ -491,15 +491,15 @@ def test_evaluation_needs_no_captions_and_reads_labels(tmp_path):
     pq.write_table(table, tmp_path / "p.parquet")
     write_tar(tmp_path / "a.tar", [("x", {"png": png(0), "cls": b"7"}), ("y", {"png": png(1)})])
 
-    def told(name: str, **classes: str) -> list[tuple[str, str]]:
+    def labels_read(name: str, **classes: str) -> list[tuple[str, str]]:
         found = StoredExamples(str(tmp_path / name), classes=classes)
         return [(each.label, each.caption) for each in found if isinstance(each, Example)]
 
-    assert told("p.parquet") == [("a cat", ""), ("tench", ""), ("a cat", "")]
+    assert labels_read("p.parquet") == [("a cat", ""), ("tench", ""), ("a cat", "")]
     named = pa.table({"image": [png(0)], "label": pa.array(["hen"], pa.large_string())})
     pq.write_table(named, tmp_path / "named.parquet")
-    assert told("named.parquet") == [("hen", "")]
-    assert told("a.tar", **{"7": "hen"}) == [("hen", ""), ("", "")]
+    assert labels_read("named.parquet") == [("hen", "")]
+    assert labels_read("a.tar", **{"7": "hen"}) == [("hen", ""), ("", "")]
     with pytest.raises(DataError, match="no column `caption`"):
         open_source(str(tmp_path / "p.parquet"))  # training does need them
 
@@ -1017,8 +1017,8 @@ def test_the_emoji_set_keeps_to_the_names_it_is_told():
     classes = EmojiSource.from_location("emoji?names=classes&plain=true", 64, 0)
     drawn = [classes.read(i).caption for i in range(100)]
     assert sorted(drawn) == sorted(CLASS_NAMES_100)
-    told = EmojiSource.from_location("emoji?names=classes&plain=true&wording=scene", 64, 0)
-    assert any(" background" in told.read(i).caption for i in range(20))
+    source = EmojiSource.from_location("emoji?names=classes&plain=true&wording=scene", 64, 0)
+    assert any(" background" in source.read(i).caption for i in range(20))
     common = {glyph.name for glyph in all_glyphs() if glyph.common}
     some = EmojiSource.from_location("emoji?names=common&plain=true", 64, 0)
     assert {some.read(i).caption for i in range(len(common))} == common

@@ -190,10 +190,10 @@ def test_glyphs_lie_inside_and_do_not_overlap(train: EmojiSet):
             assert max(abs(a.x - b.x), abs(a.y - b.y)) > 0.9 * reach
 
 
-def test_scenes_are_told_in_json(train: EmojiSet):
+def test_scenes_are_written_in_json(train: EmojiSet):
     for i in range(10):
-        told = train.scene(i).to_dict()
-        assert json.loads(json.dumps(told)) == told
+        written = train.scene(i).to_dict()
+        assert json.loads(json.dumps(written)) == written
 
 
 def test_plain_sets_take_turns():
@@ -210,20 +210,20 @@ def test_plain_sets_take_turns():
 def test_plain_sets_can_tell_of_the_background():
     names = EmojiSet(64, 0, plain=True, names=CLASS_NAMES_100)
     scenes = EmojiSet(64, 0, plain=True, names=CLASS_NAMES_100, wording="scene")
-    told = []
+    named = []
     for i in range(200):
         assert np.array_equal(names.sample(i)[0], scenes.sample(i)[0])
         _, caption, about = scenes.sample(i)
         assert any(caption.endswith(each) for each in scenes.captions(scenes.scene(i)))
-        told.append(about["colours"][0] in caption)
-    assert 0.5 < np.mean(told) < 0.9
+        named.append(about["colours"][0] in caption)
+    assert 0.5 < np.mean(named) < 0.9
     with pytest.raises(DataError, match="wording 'long': must be one of name, scene, described"):
         EmojiSet(64, 0, wording="long")  # type: ignore[arg-type]
 
 
 def test_every_glyph_is_described_apart_in_words_that_recur():
-    told = [glyph.description for glyph in all_glyphs()]
-    assert len(set(told)) == len(told)
+    descriptions = [glyph.description for glyph in all_glyphs()]
+    assert len(set(descriptions)) == len(descriptions)
     for glyph in all_glyphs():
         assert re.fullmatch(r"[a-z]+([ -][a-z]+){3,11}", glyph.description), glyph.name
     seen = {word for glyph in seen_glyphs() for word in glyph.description.split()}
@@ -234,9 +234,9 @@ def test_every_glyph_is_described_apart_in_words_that_recur():
 def test_described_sets_tell_what_things_look_like():
     emoji = EmojiSet(64, 0, plain=True, names=["a red apple"], wording="described")
     looks = glyph_by_name()["a red apple"].description
-    told = Counter(emoji.caption(emoji.scene(i)) for i in range(100))
-    assert set(told) == {looks, f"a red apple, {looks}"}
-    assert 30 < told[looks] < 70
+    counts = Counter(emoji.caption(emoji.scene(i)) for i in range(100))
+    assert set(counts) == {looks, f"a red apple, {looks}"}
+    assert 30 < counts[looks] < 70
 
 
 # Pictures

@@ -373,13 +373,13 @@ def test_linear_probe(model: qlip.Model) -> None:
     assert result.scores["accuracy, patches"] == 1.0
     read = []
 
-    class Told(ExampleList):
+    class Counted(ExampleList):
         def __iter__(self):
             read.append(self.name)
             return super().__iter__()
 
-    told = Told(train.name, train.examples)
-    again = evaluate_linear_probe(model, told, test, batch_size=5)
+    counted = Counted(train.name, train.examples)
+    again = evaluate_linear_probe(model, counted, test, batch_size=5)
     assert again.scores == result.scores and again.protocol == result.protocol
     assert read == [train.name]  # once: it may be that its pictures are rendered as they are read
     lot = [replace(e, label=str(i * 7 % 11 % 3)) for i, e in enumerate(train.examples)]

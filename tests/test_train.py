@@ -560,16 +560,16 @@ def test_a_dry_run_leaves_a_run_alone_and_gives_its_plan(place: Path, whole_run:
 def test_a_dry_run_of_stage_2_asks_for_the_stage_1_that_it_goes_on_from(
     place: Path, whole_run: Path, tmp_path: Path
 ) -> None:
-    def told(out: Path, stage: str) -> list[str]:
+    def weights_of(out: Path, stage: str) -> list[str]:
         lines: list[str] = []
         train(recipe_of(place), stage=stage, out=out, dry_run=True, say=lines.append)
         return [line for line in lines if "weights:" in line]
 
     of_this_run = "  weights: stage 1 of this run"
-    assert told(tmp_path, "all") == ["  weights: random, seed 3", of_this_run]
-    assert told(whole_run, "2") == [of_this_run]
+    assert weights_of(tmp_path, "all") == ["  weights: random, seed 3", of_this_run]
+    assert weights_of(whole_run, "2") == [of_this_run]
     with pytest.raises(RecipeError, match="no finished stage 1 to start from"):
-        told(tmp_path, "2")
+        weights_of(tmp_path, "2")
 
 
 def test_a_recipe_keeps_any_text(place: Path, tmp_path: Path) -> None:
@@ -1033,8 +1033,8 @@ def test_a_dry_run_plans_for_the_devices_that_the_recipe_is_meant_for(
     assert (one.devices, one.micro_batches, one.micro_batch) == (4, 2, 3)
     # A batch that does not divide over them: as for a run here.
     assert (two.devices, two.micro_batches, two.micro_batch) == (1, 1, 18)
-    [told] = [line for line in lines if "this is the plan for the 4 devices" in line]
-    assert "built now is for 1 device" in told and any(
+    [note] = [line for line in lines if "this is the plan for the 4 devices" in line]
+    assert "built now is for 1 device" in note and any(
         "meant for 4 devices: on 1 the mathematics" in line for line in lines
     )
 
@@ -1077,8 +1077,8 @@ def test_a_plan_for_more_devices_divides_the_batch(place: Path) -> None:
 def test_a_plan_tells_of_a_warm_up_that_leaves_no_steps(place: Path) -> None:
     recipe = recipe_of(place, stage1__warmup=2000)
     config, cpu = recipe.model.config(), torch.device("cpu")
-    told = "  the warm-up of 2,000 steps leaves none after it: learning rates end at 0.004 of the recipe's"
-    assert f"{told}; set stage1.warmup" in make_plan(recipe, config, 1, cpu, 1).lines()
+    warning = "  the warm-up of 2,000 steps leaves none after it: learning rates end at 0.004 of the recipe's"
+    assert f"{warning}; set stage1.warmup" in make_plan(recipe, config, 1, cpu, 1).lines()
     assert "warm-up" not in "".join(make_plan(recipe, config, 2, cpu, 1).lines())
 
 
@@ -1095,9 +1095,9 @@ def test_balance_takes_the_ratio_of_what_each_objective_reaches_alone(
     recipe = recipe_of(place, log__held_out=str(place / "data"))
     found = balance(recipe, out=tmp_path, steps=4)
     assert found is not None
-    told = capsys.readouterr().err
+    written = capsys.readouterr().err
     for name in ("reconstruction", "alignment"):
-        assert f"{name} alone: stage 1: " in told
+        assert f"{name} alone: stage 1: " in written
         assert (
             (tmp_path / f"probe-{name}/report.md").read_text().startswith(f"# test, {name} alone")
         )

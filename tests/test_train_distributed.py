@@ -98,9 +98,9 @@ def test_shards_follow_it_and_go_on_alone_after_a_death(single: Path, tmp_path: 
 def test_shards_train_stage_2(single: Path, tmp_path: Path) -> None:
     stage1 = f"stage2.start={single / 'single'}"
     options = ["--stage", "2", "--set", "engine.parallel=fsdp", "--set", stage1]
-    told = finish(start_run(single / "recipe.toml", tmp_path / "fsdp", *options, ranks=2))
+    written = finish(start_run(single / "recipe.toml", tmp_path / "fsdp", *options, ranks=2))
     # FSDP2's warning that gradients would be wrong.
-    assert "returned a view" not in told, told
+    assert "returned a view" not in written, written
     same_curve(tmp_path / "fsdp", single / "single", 2)
 
 

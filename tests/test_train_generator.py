@@ -151,8 +151,8 @@ def test_the_loss_is_the_references_cross_entropy(place: Path) -> None:
     found = []
     for rows in batches:
         drop = dropped(3, rows.places, 0.1)
-        told = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
-        captions = encode_prompts(told, conditioner, config)
+        kept = ["" if gone else caption for caption, gone in zip(rows.captions, drop)]
+        captions = encode_prompts(kept, conditioner, config)
         captions = captions.astype(np.dtype(np.float64))
         logits = reference.image_logits(tensors, config, captions, rows.tokens)
         likely = logits - np.log(np.exp(logits).sum(-1, keepdims=True))

@@ -287,10 +287,10 @@ def test_what_a_kill_left_of_a_checkpoint_is_removed(tmp_path: Path) -> None:
 def test_each_value_is_plotted_once(tmp_path: Path) -> None:
     class Board:
         def __init__(self) -> None:
-            self.told: list[str] = []
+            self.written: list[str] = []
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
-            self.told.append(f"{name} {step}")
+            self.written.append(f"{name} {step}")
 
         def close(self) -> None:
             pass
@@ -301,5 +301,5 @@ def test_each_value_is_plotted_once(tmp_path: Path) -> None:
         metrics.record(done, StepReport({"mse": 1.0}, 1.0, 0.1, 1.0, None))
         metrics.amend({"pictures_psnr": 20.0})
     metrics.close()
-    assert len(board.told) == len(set(board.told))
-    assert {"stage1/terms/mse 2", "stage1/pictures_psnr 1"} <= set(board.told)
+    assert len(board.written) == len(set(board.written))
+    assert {"stage1/terms/mse 2", "stage1/pictures_psnr 1"} <= set(board.written)
