@@ -492,7 +492,7 @@ def test_backends_that_are_not_there(cli: Qlip, monkeypatch: pytest.MonkeyPatch)
     ("arguments", "message"),
     [
         (["encod", "x"], "no such command 'encod'"),
-        (["encode", "x", "--bakend", "numpy"], "no such option: --bakend"),
+        (["encode", "x", "--bakend", "numpy"], "--bakend"),
         (["encode", "x", "--batch-size", "0"], "--batch-size"),
         (["encode", "x", "--batch-size", "many"], "--batch-size"),
         (["classify", "x"], "no labels"),
