@@ -161,7 +161,9 @@ def plain_loop(config: GeneratorConfig, tokens: int) -> Timed | None:
 
     def run() -> float:
         with torch.inference_mode():
-            cache = StaticCache(config=shape, max_cache_len=config.sequence_length)
+            cache = StaticCache(
+                config=shape, max_batch_size=1, max_cache_len=config.sequence_length
+            )
             last = model(prefix, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
             start = time.perf_counter()
             for _ in range(tokens):

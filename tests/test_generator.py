@@ -233,7 +233,7 @@ def test_llama_weights_give_llamas_logits() -> None:
             num_attention_heads=4,
             num_key_value_heads=2,
             rms_norm_eps=config.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": 5e5},
+            rope_theta=5e5,
             max_position_embeddings=64,
             initializer_range=0.2,
         )
