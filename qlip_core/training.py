@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Protocol
 
-from qlip_core.backends import backend_names, get_backend
+from qlip_core.backends import backend_names, get_backend, is_installed
 from qlip_core.errors import BackendError
 
 GROUP = "qlip.trainers"
@@ -77,7 +77,9 @@ def get_trainer(backend: str = "torch") -> Trainer:
         raise BackendError(
             f"backend {backend} is for inference: train with --backend {' or '.join(sorted(found))}"
         )
-    get_backend(backend)  # raises if not installed, saying how to
+    if not is_installed(backend):  # its own extra is not enough to train
+        raise BackendError(f"training needs {backend}: run `pip install 'qlip[train]'`")
+    get_backend(backend)  # raises if it cannot be imported
     try:
         return found[backend].load()
     except ModuleNotFoundError as error:

@@ -483,6 +483,8 @@ def test_backends_that_are_not_there(cli: Qlip, monkeypatch: pytest.MonkeyPatch)
     assert 'no dtype "int3"' in cli("encode", "good.png", "--dtype", "int3").error
     monkeypatch.setattr("qlip_core.backends.is_installed", lambda name: name == "numpy")
     assert "run `pip install 'qlip[mlx]'`" in cli("encode", "good.png", "-b", "mlx").error
+    monkeypatch.setattr("qlip_core.training.is_installed", lambda name: False)
+    assert "run `pip install 'qlip[train]'`" in cli("train", "emoji", plain=True).error
 
 
 # -- the command itself ------------------------------------------------------------------------
