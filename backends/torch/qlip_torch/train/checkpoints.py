@@ -38,6 +38,8 @@ LATEST, STATE = "latest", "state.json"
 _OF_THE_RUN = ("stage", "recipe", "config", "tokenizer", "numbers", "step", "ranks")
 _OF_A_RANK = ("data", "random")
 _MISSING_GROUP = "torch.distributed is disabled"
+# torch 2.9's own writing calls what it has deprecated; 2.13's does not.
+_OLD_STORAGE = "TypedStorage is deprecated"
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ def _complete(folder: Path) -> list[Path]:
 def _save_alone(tensors: dict[str, Tensor], writer: dcp.FileSystemWriter) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_MISSING_GROUP)
+        warnings.filterwarnings("ignore", message=_OLD_STORAGE)
         dcp.save(tensors, storage_writer=writer, no_dist=True)
 
 
