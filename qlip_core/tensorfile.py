@@ -159,7 +159,7 @@ def as_float32(raw: np.ndarray, dtype: str, where: str) -> np.ndarray:
         raise CheckpointError(f"{where} is stored as {dtype}, expected floating point")
     if dtype == "BF16":
         # Shifting a 0-d array gives a scalar, but the caller expects an array.
-        return np.asarray(raw.astype(np.uint32) << 16).view(np.float32)
+        return np.asarray(raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return raw.astype(np.float32, copy=False)
 
 
