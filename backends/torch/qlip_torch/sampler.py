@@ -54,15 +54,7 @@ def hash_values(keys: Tensor, count: int) -> Tensor:
 def gumbel(hashed: Tensor) -> Tensor:
     """`sampling.gumbel`: int32 -> float32 of the same shape."""
     u = _shifted(hashed, 1).float() * 2**-31 + 2**-32
-    return -torch.log(-_log1p(-u.clamp_max(1 - 2**-24)))
-
-
-def _log1p(x: Tensor) -> Tensor:
-    if x.device.type != "mps":
-        return torch.log1p(x)
-    # PyTorch 2.7 computes it there as log(1 + x), which is 0 for small x and would make the noise infinite.
-    above = 1 + x
-    return torch.where(above == 1, x, torch.log(above) * x / (above - 1))
+    return -torch.log(-torch.log1p(-u.clamp_max(1 - 2**-24)))
 
 
 # -- a step's choice ---------------------------------------------------------------------------
