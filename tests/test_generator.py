@@ -645,7 +645,8 @@ def test_the_recorded_step_is_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
 def test_the_kernels_step_is_the_step() -> None:
     program = Path(__file__).with_name("step_kernels_program.py")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(program.parent)}
+    path = os.pathsep.join([str(program.parent), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, program], env=environment, capture_output=True, text=True, timeout=300
     )
