@@ -297,6 +297,17 @@ def test_cut_prompts_are_told(cli: Qlip) -> None:
     assert run.err.startswith("warning: prompt ") and run.err.endswith("its end is cut\n")
 
 
+def test_words_that_the_bundled_model_never_saw_are_told(
+    cli: Qlip, drawing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("generate", "a cat", "a zorse", "-o", "x")
+    assert cli(*command).err == ""
+    monkeypatch.setattr("qlip_core.hub.BUNDLED", drawing)
+    assert cli(*command, "--force").err.startswith(
+        "warning: the bundled model was never trained on zorse:"
+    )
+
+
 def test_cut_prompts_are_told_before_the_work(
     cli: Qlip, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

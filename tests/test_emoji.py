@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from qlip_core.data import captions
-from qlip_core.data.captions import caption_corpus, full_caption, name_caption
+from qlip_core.data.captions import caption_corpus, full_caption, name_caption, untrained_words
 from qlip_core.data.draws import Draws, stable_hash, uniform_grid
 from qlip_core.data.emoji_names import (
     CLASS_NAMES_100,
@@ -384,6 +384,14 @@ def test_every_caption_is_one_of_the_true_ones(train: EmojiSet):
         assert caption in train.captions(scene)
         assert full_caption(scene) in train.captions(scene)
     assert max(lengths) <= 60
+
+
+def test_words_that_training_never_saw(train: EmojiSet):
+    assert untrained_words(
+        ["A red apple, on a blue background!", "a woman's hat; 3 cats 🐱\ufe0f"]
+    ) == ["cats", "🐱"]
+    assert untrained_words(["a skunk", "un Skunk", "猫"]) == ["skunk", "un", "猫"]
+    assert untrained_words(train.caption(train.scene(i)) for i in range(300)) == []
 
 
 def test_the_corpus_has_every_word_of_the_captions(train: EmojiSet):

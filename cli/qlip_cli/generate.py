@@ -252,12 +252,30 @@ def draw(
     """All tokens, with a bar that counts them, and a note for every prompt that was cut."""
     from qlip_core import VisualTokens
 
+    note_untrained_words(network, prompts)
     steps = network.generator_config.tokens_per_image
     with progress("drawing", number * len(prompts) * steps) as advance, cuts_as_notes():
         batches = network.generate_batches(
             prompts, sampling, seed=seed, n=number, batch_size=batch_size, progress=advance
         )
         return VisualTokens.concatenate([tokens for _, tokens in batches])
+
+
+def note_untrained_words(network: Model, prompts: list[str]) -> None:
+    """The bundled generator draws something for any word, but only what it was trained on as meant."""
+    from qlip_core.generator.load import require_generator
+    from qlip_core.hub import BUNDLED
+
+    if require_generator(network.checkpoint, network.generator).folder.parent != BUNDLED:
+        return
+    from qlip_core.data.captions import untrained_words
+
+    if words := untrained_words(prompts):
+        more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+        note(
+            f"warning: the bundled model was never trained on {', '.join(words[:5])}{more}: it knows English names "
+            "of emoji, colours and places"
+        )
 
 
 @contextmanager

@@ -1,9 +1,18 @@
 """Captions of a scene: several wordings, each of them true of what is painted."""
 
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 
 from qlip_core.data.draws import Draws, stable_hash
-from qlip_core.data.emoji_names import Glyph, all_glyphs, glyph_by_code, glyph_by_name
+from qlip_core.data.emoji_names import (
+    Glyph,
+    all_glyphs,
+    glyph_by_code,
+    glyph_by_name,
+    seen_glyphs,
+)
 from qlip_core.data.palette import PALETTE
 from qlip_core.data.scenes import LARGE, SMALL, Background, PlacedGlyph, Scene
 
@@ -203,8 +212,9 @@ def _is_central(scene: Scene) -> bool:
     return len(scene.glyphs) == 1 and scene.glyphs[0].place == "centre"
 
 
-def caption_corpus() -> list[str]:
-    """Texts with every word that captions can use, unseen names included, for training a vocabulary.
+def caption_corpus(glyphs: Sequence[Glyph] | None = None) -> list[str]:
+    """Texts with every word that captions of `glyphs` can use (None: all, unseen ones included), for training a
+    vocabulary.
 
     Each name occurs a few times; the words around names are about as common as in captions.
     """
@@ -212,7 +222,7 @@ def caption_corpus() -> list[str]:
     places = [words for phrases in PLACE_WORDS.values() for words in phrases]
     grounds = [phrase for phrases in _ONE_COLOUR.values() for phrase in phrases]
     texts = []
-    for number, glyph in enumerate(all_glyphs()):
+    for number, glyph in enumerate(all_glyphs() if glyphs is None else glyphs):
         for name in names_of(glyph):
             number += 7
             ground = grounds[number % len(grounds)].format(c=colours[number % len(colours)])
@@ -238,3 +248,19 @@ def caption_corpus() -> list[str]:
         "this is not an art",
     ]
     return texts
+
+
+def untrained_words(prompts: Iterable[str]) -> list[str]:
+    """Words and symbols of `prompts` that no training caption of the emoji set can hold, in order."""
+    known = set(words_in(caption_corpus(seen_glyphs())))
+    return [word for word in dict.fromkeys(words_in(prompts)) if word not in known]
+
+
+def words_in(texts: Iterable[str]) -> Iterator[str]:
+    """Words of letters and single symbols such as emoji, in lower case; no digits or punctuation."""
+    for text in texts:
+        yield from (
+            word
+            for word in re.findall(r"[^\W\d_]+|[^\w\s]", text.lower())
+            if word.isalpha() or unicodedata.category(word) == "So"
+        )
