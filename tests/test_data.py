@@ -271,6 +271,9 @@ def test_a_sample_without_an_image_says_what_it_has(tmp_path):
     gif, empty = map(str, iter_samples(open_source(str(path))))
     assert gif == f"{path}: a: no image (only .gif, .txt)"
     assert empty == f"{path}: b: broken image (empty file)"
+    whole = tar_of([("a.txt", b"one"), ("a.png", png(1))])
+    path.write_bytes(whole[: 3 * 512 + 10])  # ends inside the image
+    assert str(next(iter_samples(open_source(str(path))))) == f"{path}: a: no image"
 
 
 def test_the_loader_skips_what_check_names(tmp_path):

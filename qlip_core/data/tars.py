@@ -244,8 +244,8 @@ def tar_samples(
             oversize.pop("json", None)  # not needed for the caption
         if oversize:
             return Bad(key, where, TOO_LARGE, next(iter(oversize.values())))
-        if "image" not in found:
-            # Such as a .gif, which is not read.
+        if "image" not in found and not seen & IMAGE_SUFFIXES:
+            # Such as a .gif, which is not read. An image that was seen is cut off by the archive's end.
             return Bad(key, where, NO_IMAGE, f"only .{', .'.join(sorted(seen)[:5])}")
         return make_sample(
             key,
