@@ -133,10 +133,8 @@ class TokenDrawer:
         return self.network.draw(order)
 
     def _warn_of_cuts(self, prompts: Sequence[str]) -> None:
-        limit, distinct = (
-            self.config.prefix_length,
-            [p for p in dict.fromkeys(prompts) if p.strip()],
-        )
+        limit = self.config.prefix_length
+        distinct = [p for p in dict.fromkeys(prompts) if p.strip()]
         for prompt, count in zip(distinct, self.conditioner.count(distinct)):
             if count > limit:
                 start = prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
