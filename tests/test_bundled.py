@@ -141,5 +141,5 @@ def test_a_runs_report_says_what_the_model_does(reference: qlip.Model) -> None:
     scenes = np.stack([held_out.sample(i)[0] for i in range(8)])
     expected = psnr(scenes, reference.reconstruct(list(scenes))).mean()
     assert f"of 8 held-out scenes: PSNR {expected:.2f} dB" in lines[0] and "bit usage" in lines[0]
-    assert "seen names in unseen renderings: 100.0% top-1, 100.0% top-5 of 100" in lines[1]
-    assert "unseen names (zero-shot)" in lines[2] and "(chance 1.0%)" in lines[2]
+    assert "seen names in unseen renderings: 100.0% top-1 (chance 1.0%), 100.0% top-5" in lines[1]
+    assert "unseen names (zero-shot)" in lines[2] and "top-5 (chance 5.0%)" in lines[2]
