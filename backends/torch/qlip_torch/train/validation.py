@@ -37,7 +37,7 @@ def validate_emoji(
         ("unseen names (zero-shot)", unseen_class_examples, UNSEEN_CLASS_NAMES),
     ):
         found = evaluate_zero_shot(model, examples(size, renderings), names, batch_size=64)
-        scores, chance = found.scores, found.scores["chance"]
+        scores, chance = found.scores, 1 / len(names)
         lines.append(
             f"classification by text, {what}: {scores['top-1']:.1%} top-1 (chance {chance:.1%}), "
             f"{scores['top-5']:.1%} top-5 (chance {5 * chance:.1%}), of {len(names)} names over {renderings} "
