@@ -1175,9 +1175,30 @@ def test_a_worker_that_is_killed_ends_the_run_in_words(tmp_path):
     process = start(SCRIPT.replace(ready, killing), tmp_path)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "")
-    message = r"DataError: a data process has died \(DataLoader worker \(pid.*fewer data\.workers"
-    assert re.search(message, err), err
+    assert re.search(r"DataError: a data process has died \(.*fewer data\.workers", err), err
     assert group_is_gone(process.pid)
+
+
+@pytest.mark.parametrize("broken", [ConnectionResetError(104, "Connection reset"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_ends_the_run_in_words(broken, monkeypatch):
+    """Its connection breaks first; that it is gone is then told wherever the trainer is: while it closes."""
+    closed = []
+
+    class Items:
+        def __next__(self):
+            raise broken
+
+        def _shutdown_workers(self):
+            closed.append(True)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with (
+        pytest.raises(DataError, match=f"has died.*{type(broken).__name__}.*fewer data.workers"),
+        loader_for(DataConfig(workers=1)) as loader,
+    ):
+        monkeypatch.setattr(loader, "_items", Items())
+        next(loader)
+    assert closed == [True]
 
 
 # Slow to start, so that they are killed before they know their trainer.

@@ -152,7 +152,7 @@ class Loader:
                 self._items = iter(self._loader)
         pieces: list[Batch] = []
         while len(pieces) < self._pieces:
-            part = self._checked(next(self._items))
+            part = self._received(self._items)
             self._lanes |= part.lanes
             for bad in part.bad:
                 self.bad.add(bad)
@@ -174,7 +174,14 @@ class Loader:
             [caption for piece in pieces for caption in piece.captions],
         )
 
-    def _checked(self, item: Part | Failure) -> Part:
+    def _received(self, items: Iterator[Part | Failure]) -> Part:
+        try:
+            item = next(items)
+        except (ConnectionError, EOFError) as error:
+            # A worker that is killed while it hands over a tensor: its connection breaks before the system tells
+            # of its end.
+            self.close()
+            raise _death(f"{type(error).__name__} while it handed over a batch") from None
         if isinstance(item, Part):
             return item
         self.close()
@@ -193,7 +200,12 @@ class Loader:
         if items is not None and self._loader.num_workers:
             # Dropping the reference is not enough: the traceback of an error keeps the iterator alive until the
             # trainer exits, which would then wait for workers that nobody has told to stop.
-            items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
+            except RuntimeError as error:
+                # That one of them was dead already is no news now; torch has stopped the others all the same.
+                if not _is_death(error):
+                    raise
 
     def __enter__(self) -> Loader:
         return self
@@ -206,11 +218,19 @@ class Loader:
     ) -> None:
         self.close()
         # torch raises it when the system tells that a child is gone, wherever the trainer is at that moment.
-        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
-            raise DataError(
-                f"a data process has died ({str(error).strip(' .')}). If memory ran out, take fewer data.workers "
-                "or a smaller data.prefetch, and go on with --resume"
-            ) from None
+        if error is not None and _is_death(error):
+            raise _death(str(error).strip(" .")) from None
+
+
+def _is_death(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
+def _death(how: str) -> DataError:
+    return DataError(
+        f"a data process has died ({how}). If memory ran out, take fewer data.workers "
+        "or a smaller data.prefetch, and go on with --resume"
+    )
 
 
 def make_loader(
