@@ -502,22 +502,25 @@ def test_backends_that_are_not_there(cli: Qlip, monkeypatch: pytest.MonkeyPatch)
         (["classify", "x", "--labels-file", "absent.txt"], "absent.txt: cannot be read"),
         (["embed", *["x"] * 17], "too many to print: name a file with -o"),
         (["info", "x", "--model", "y"], "two models named"),
-        *(
-            (["train", "export", "run", *option], f"{option[0]} is for training")
-            for option in (
-                ["--dry-run"],
-                ["--resume"],
-                ["--stage", "1"],
-                ["--steps", "5"],
-                ["--set", "a=1"],
-                ["--data", "x"],
-            )
-        ),
+        (["train", "export"], "missing argument 'RUN'"),
+        (["train", "export", "run", "--resume"], "--resume"),
+        (["train", "generator", "--stage", "1"], "--stage"),
+        (["train", "--resume", "generator"], "before the options: qlip train generator"),
+        (["train", "emoji", "emoji-ship"], "unexpected extra argument"),
+        (["train", ""], "the recipe's name is empty"),
         (["train", "export", "run", "--dtype", "int8"], "models are stored in float32, bfloat16"),
     ],
 )
 def test_wrong_use(cli: Qlip, arguments: list[str], message: str) -> None:
     assert message in cli(*arguments, plain=True).error
+
+
+def test_help_of_train_is_its_default_command_s_and_names_the_others(cli: Qlip) -> None:
+    text = cli("train", "-h", plain=True).out
+    assert text.startswith("Usage: qlip train [OPTIONS] [RECIPE]")
+    assert "--stage" in text and "balance    Find the weights" in text
+    assert "--stage" not in cli("train", "export", "--help", plain=True).out
+    assert "--stage" in cli("train", "tokenizer", "--help", plain=True).out
 
 
 def test_templates_and_texts_that_do_not_fit(cli: Qlip, tiny_model: Path) -> None:

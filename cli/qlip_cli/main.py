@@ -18,7 +18,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from qlip_cli import data, evaluate
+from qlip_cli import data, evaluate, train
 from qlip_cli.classify import classify
 from qlip_cli.decode import decode
 from qlip_cli.doctor import doctor
@@ -30,7 +30,6 @@ from qlip_cli.info import info
 from qlip_cli.reconstruct import reconstruct
 from qlip_cli.terminal import note, print_error
 from qlip_cli.tokenize import tokenize
-from qlip_cli.train import train
 
 USER_ERROR, BUG, INTERRUPTED, BROKEN_PIPE, TERMINATED = 2, 70, 130, 141, 143
 
@@ -51,10 +50,10 @@ app.command(epilog='Example: qlip generate "a cat" --seed 3')(generate)
 app.command(epilog="Example: qlip info photos.qlip")(info)
 app.command(epilog="Example: qlip doctor --backend mlx")(doctor)
 app.command(epilog="Example: qlip tokenize 'shards/{00000..00099}.tar' -o tokens")(tokenize)
-app.command(epilog="Example: qlip train emoji --out runs/mine --steps 200")(train)
 evaluate.app.command("generate", epilog="Example: qlip eval generate --grid drawn.png")(
     evaluate_generate
 )
+app.add_typer(train.app, name="train")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(data.app, name="data")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from qlip_cli.options import Force, Json, quiet_hub
 from qlip_cli.outputs import refuse_stdout
@@ -16,17 +17,80 @@ if TYPE_CHECKING:
     from qlip_core.training import Trainer
 
 DRY = "dry run: everything was built, nothing trained"
-GENERATOR, BALANCE, EXPORT = "generator", "balance", "export"
 STORED = ("float32", "bfloat16", "float16")
 
+Recipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE", show_default=False, help="Name of a bundled recipe, or the path of any."
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="SOURCE",
+        show_default=False,
+        help="Shards, folder or parquet to train on instead of the recipe's; may be repeated.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", metavar="DIR", show_default=False, help="Run folder (default: runs/RECIPE)."
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR.")
+]
+Steps = Annotated[
+    int | None, typer.Option(metavar="N", min=1, show_default=False, help="Steps, of each stage.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        show_default=False,
+        help="Change the recipe: stage1.batch=128.",
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan and build everything; train nothing.")
+]
+TrainerName = Annotated[
+    str, typer.Option("--backend", "-b", metavar="NAME", help="Only torch trains.")
+]
 
-def train(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[generator|balance|export] [RECIPE|RUN]", show_default=False, hidden=True
-        ),
-    ] = None,
+
+class TokenizerByDefault(TyperGroup):
+    """`qlip train RECIPE` is `qlip train tokenizer RECIPE`, and the group's help begins with that command's."""
+
+    default = "tokenizer"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = bool(args) and args[0] in {*self.commands, *ctx.help_option_names}
+        return super().parse_args(ctx, args if named else [self.default, *args])
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        command = self.commands[self.default]
+        command.format_usage(ctx, formatter)
+        command.format_help_text(ctx, formatter)
+        command.format_options(ctx, formatter)
+        self.format_commands(ctx, formatter)
+        command.format_epilog(ctx, formatter)
+
+
+app = typer.Typer(
+    cls=TokenizerByDefault,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train a tokenizer, or a generator for one.",
+)
+
+
+@app.command(epilog="Example: qlip train emoji --out runs/mine --steps 200")
+def tokenizer(
+    recipe: Recipe = None,
     stage: Annotated[
         str | None,
         typer.Option(
@@ -35,120 +99,173 @@ def train(
             help="Which stage (default: all; with --resume, as the run was started).",
         ),
     ] = None,
+    data: Data = None,
+    out: Out = None,
+    resume: Resume = False,
+    steps: Steps = None,
+    changes: Changes = None,
+    dry_run: DryRun = False,
+    backend: TrainerName = "torch",
+    json: Json = False,
+) -> None:
+    """Train a tokenizer, as `qlip train` alone does.
+
+    Without a recipe it is the small emoji model, both stages, in about ten minutes on two cores.
+    For several devices: `torchrun --nproc-per-node 8 -m qlip_cli train RECIPE`.
+    """
+    trainer = _trainer(backend, out)
+    recipe, run, settings = _request(
+        recipe, "emoji", out, resume, [*(changes or []), *_sources(data)]
+    )
+    result = trainer.train(
+        recipe, settings, stage=stage, out=run, resume=resume, steps=steps, dry_run=dry_run
+    )
+    _print_result(result, [*result["models"].values(), result["report"]], json, dry_run)
+
+
+@app.command(epilog="Example: qlip train generator --set tokenizer=runs/mine/stage2/model")
+def generator(
+    recipe: Recipe = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="SOURCE",
             show_default=False,
-            help="Shards, folder or parquet to train on instead of the recipe's; may be repeated. "
-            "For a generator also token shards.",
+            help="Captioned images to train on instead of the recipe's, may be repeated; or token shards, "
+            "made by `qlip tokenize`.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "-o", metavar="DIR", help="Run folder (default: runs/RECIPE)."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue from the newest checkpoint in DIR.")
-    ] = False,
-    steps: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Steps of each stage.")
-    ] = None,
+    out: Out = None,
+    resume: Resume = False,
+    steps: Steps = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change the recipe: stage1.batch=128."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            show_default=False,
+            help="Change the recipe: tokenizer=DIR.",
+        ),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and build everything; train nothing.")
-    ] = False,
-    backend: Annotated[
-        str, typer.Option("--backend", "-b", metavar="NAME", help="Only torch trains.")
-    ] = "torch",
+    dry_run: DryRun = False,
+    backend: TrainerName = "torch",
+    json: Json = False,
+) -> None:
+    """Train text to image over a tokenizer's tokens.
+
+    `qlip generate --generator DIR` draws with it. Without a recipe it is the bundled one's, for the
+    bundled tokenizer: minutes on a GPU.
+    """
+    trainer = _trainer(backend, out)
+    settings = [*(changes or []), *_generator_sources(data)]
+    recipe, run, settings = _request(recipe, "generator-emoji", out, resume, settings)
+    made = trainer.train_generator(
+        recipe, settings, out=run, resume=resume, steps=steps, dry_run=dry_run
+    )
+    _print_result(made, [made["generator"], made["report"]], json, dry_run)
+
+
+@app.command(epilog="Example: qlip train balance qlip-b-16-256 --steps 500")
+def balance(
+    recipe: Recipe = None,
+    data: Data = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="DIR",
+            show_default=False,
+            help="Folder of both runs (default: runs/RECIPE-balance).",
+        ),
+    ] = None,
+    resume: Resume = False,
+    steps: Steps = None,
+    changes: Changes = None,
+    dry_run: DryRun = False,
+    backend: TrainerName = "torch",
+    json: Json = False,
+) -> None:
+    """Find the weights of the two objectives.
+
+    Stage 1 is run twice, each time for one of the objectives; a_r / a_a is taken from their final losses.
+    """
+    trainer = _trainer(backend, out)
+    name = _name(recipe, "emoji")
+    run = out or Path("runs") / f"{Path(name).stem}-balance"
+    found = trainer.balance(
+        name,
+        [*(changes or []), *_sources(data)],
+        out=run,
+        resume=resume,
+        steps=steps,
+        dry_run=dry_run,
+    )
+    _print_balance(found, json)
+
+
+@app.command(epilog="Example: qlip train export runs/mine -o model --dtype bfloat16")
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", show_default=False, help="Folder of a run.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="DIR", show_default=False, help="Model (default: RUN-model)."
+        ),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option(metavar="TYPE", help="Of an export: float32, bfloat16 or float16.")
+        str, typer.Option(metavar="TYPE", help="Stored as float32, bfloat16 or float16.")
     ] = "float32",
+    backend: TrainerName = "torch",
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Train a tokenizer, or a generator for one.
-
-    RECIPE is the name of a bundled recipe or the path of any. `qlip train` alone trains the small emoji model,
-    both stages, in about ten minutes on two cores.
-    `qlip train generator` trains text to image over a tokenizer (--set tokenizer=DIR), from captioned
-    images or from token shards (--data, made by `qlip tokenize`); `qlip generate --generator` draws with it.
-    `qlip train balance RECIPE` finds the weights of the two objectives; `qlip train export RUN -o DIR`
-    writes a run's newest checkpoint as a model (--dtype says how it is stored). For several devices:
-    `torchrun --nproc-per-node 8 -m qlip_cli train RECIPE`.
-    """
+    """Write a run's newest checkpoint as a model."""
     from qlip_core.errors import RecipeError
+
+    trainer = _trainer(backend, out)
+    if dtype not in STORED:
+        raise typer.BadParameter(f'--dtype "{dtype}": models are stored in {", ".join(STORED)}')
+    folder = out or Path(f"{run.name}-model")
+    if folder.exists() and not force:
+        raise RecipeError(f"{folder}: already exists; name another with -o, or overwrite: --force")
+    written = trainer.export(run, folder, dtype=dtype)
+    if json:
+        print_json({"output": str(written)})
+    else:
+        print_line(str(written))
+
+
+def _trainer(backend: str, out: Path | None) -> Trainer:
     from qlip_core.training import get_trainer
 
     quiet_hub()
     if out is not None:
         refuse_stdout(out, "name a folder with -o")
-    trainer = get_trainer(backend)
-    mode, rest = "", list(words or [])
-    if rest and rest[0] in (GENERATOR, BALANCE, EXPORT):
-        mode = rest.pop(0)
-    if len(rest) > 1:
-        raise typer.BadParameter(f"one recipe at a time, got {' '.join(rest)}")
-    if mode == EXPORT:
-        for option, given in (
-            ("--stage", stage is not None),
-            ("--data", bool(data)),
-            ("--resume", resume),
-            ("--steps", steps is not None),
-            ("--set", bool(changes)),
-            ("--dry-run", dry_run),
-        ):
-            if given:
-                raise typer.BadParameter(f"{option} is for training, not for `qlip train export`")
-        if dtype not in STORED:
-            raise typer.BadParameter(f'--dtype "{dtype}": models are stored in {", ".join(STORED)}')
-        return _export(trainer, rest, out, dtype, force, json)
-    if dtype != "float32" or force:
-        raise typer.BadParameter("--dtype and --force are for `qlip train export`")
-    if mode in (GENERATOR, BALANCE) and stage is not None:
-        why = {GENERATOR: "a generator has one", BALANCE: "the probes are of stage 1"}[mode]
-        raise typer.BadParameter(f"--stage is for the tokenizer's training: {why}")
-    recipe = rest[0] if rest else None
+    return get_trainer(backend)
+
+
+def _name(recipe: str | None, default: str) -> str:
     if recipe == "":
         raise typer.BadParameter("the recipe's name is empty")
-    default = "generator-emoji" if mode == GENERATOR else "emoji"
-    sources = _generator_sources(data) if mode == GENERATOR else _sources(data)
-    settings = [*(changes or []), *sources]
-    name = recipe or default
-    run = out or Path("runs") / (Path(name).stem + ("-balance" if mode == BALANCE else ""))
-    how: Any = {"out": run, "resume": resume, "steps": steps, "dry_run": dry_run}
-    if mode == BALANCE:
-        return _print_balance(trainer.balance(name, settings, **how), json)
-    if resume and recipe is None:
-        if settings:
-            raise RecipeError("a run is resumed with its own recipe: leave out --set and --data")
-    else:
-        recipe = name
-    if mode == GENERATOR:
-        made = trainer.train_generator(recipe, settings, **how)
-        return _print_result(made, [made["generator"], made["report"]], json, dry_run)
-    result = trainer.train(recipe, settings, stage=stage, **how)
-    _print_result(result, [*result["models"].values(), result["report"]], json, dry_run)
+    if recipe in ("tokenizer", "generator", "balance", "export"):
+        raise typer.BadParameter(f"name it before the options: qlip train {recipe}")
+    return recipe or default
 
 
-def _export(
-    trainer: Trainer, words: list[str], out: Path | None, dtype: str, force: bool, json: bool
-) -> None:
+def _request(
+    recipe: str | None, default: str, out: Path | None, resume: bool, settings: list[str]
+) -> tuple[str | None, Path, list[str]]:
+    """(recipe, run folder, changes) of a run; recipe None: the resumed run's own."""
     from qlip_core.errors import RecipeError
 
-    if not words:
-        raise typer.BadParameter("export needs the run folder to export")
-    folder = out or Path(f"{Path(words[0]).name}-model")
-    if folder.exists() and not force:
-        raise RecipeError(f"{folder}: already exists; name another with -o, or overwrite: --force")
-    written = trainer.export(Path(words[0]), folder, dtype=dtype)
-    if json:
-        print_json({"output": str(written)})
-    else:
-        print_line(str(written))
+    name = _name(recipe, default)
+    if resume and recipe is None and settings:
+        raise RecipeError("a run is resumed with its own recipe: leave out --set and --data")
+    run = out or Path("runs") / Path(name).stem
+    return (None if resume and recipe is None else name), run, settings
 
 
 def _print_balance(found: dict[str, Any] | None, json: bool) -> None:
