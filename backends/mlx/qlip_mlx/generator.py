@@ -22,7 +22,7 @@ from qlip_core.errors import CheckpointError
 from qlip_core.generator.architecture import diff_tensors, positions, rotary_tables
 from qlip_core.generator.config import GeneratorConfig
 from qlip_mlx.kernels import FUSED, Kernels, Mask
-from qlip_mlx.quantize import quantize
+from qlip_mlx.weights import load_weights
 
 Rope = tuple[mx.array, mx.array]
 
@@ -205,22 +205,14 @@ def load(
 ) -> Generator:
     """A generator with `arrays` (name -> array) in `dtype`, on MLX's default device.
 
-    With `bits` (8 or 4) every linear whose rows divide into groups of `quantize.GROUP` is quantized.
+    With `bits` (8 or 4) every linear whose rows divide into groups of `weights.GROUP` is quantized.
     Raises CheckpointError if a tensor is missing, misshapen or unknown.
     """
     if problems := diff_tensors(config, {name: array.shape for name, array in arrays.items()}):
         raise CheckpointError(f"weights do not fit the generator: {problems}")
     model = Generator(config, kernels)
-    linears = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    held = []
-    for name, array in _laid_out(config, arrays):
-        tensor = mx.array(array, dtype)
-        laid_out = kernels.lay_out(tensor) if bits is None and name in linears else tensor
-        held.append((name, laid_out))
-    model.load_weights(held)
-    if bits is not None:
-        quantize(model, bits)
-    mx.eval(model.parameters())
+    tensors = _laid_out(config, arrays)
+    load_weights(model, tensors, dtype=dtype, bits=bits, lay_out=kernels.lay_out)
     return model
 
 

@@ -21,7 +21,7 @@ from qlip_core.architecture import PARTS, architecture, diff_tensors, rotary_tab
 from qlip_core.config import QLIPConfig, TextConfig, VisionConfig
 from qlip_core.errors import CheckpointError
 from qlip_mlx.kernels import FUSED, Kernels
-from qlip_mlx.quantize import fits, quantize
+from qlip_mlx.weights import fits, load_weights
 
 # -- blocks ------------------------------------------------------------------------------------
 
@@ -377,19 +377,14 @@ def load(
 ) -> QLIP:
     """A model with `arrays` (published name -> array) in `dtype`, on MLX's default device.
 
-    With `bits` (8 or 4) every linear whose rows divide into groups of `quantize.GROUP` is quantized.
+    With `bits` (8 or 4) every linear whose rows divide into groups of `weights.GROUP` is quantized.
     Raises CheckpointError if a tensor of these parts is missing or misshapen, or one is unknown.
     """
     if problems := diff_tensors(config, {n: a.shape for n, a in arrays.items()}, parts):
         raise CheckpointError(f"weights do not fit the model: {problems}")
     model = QLIP(config, parts, kernels)
-    model.load_weights([(n, mx.array(_laid_out(n, a), dtype)) for n, a in arrays.items()])
-    for module in model.modules():
-        if isinstance(module, LINEARS):
-            module.weight = kernels.lay_out(module.weight)
-    if bits is not None:
-        quantize(model, bits)
-    mx.eval(model.parameters())
+    tensors = ((name, _laid_out(name, array)) for name, array in arrays.items())
+    load_weights(model, tensors, dtype=dtype, bits=bits, lay_out=kernels.lay_out, linears=LINEARS)
     return model
 
 
