@@ -1097,6 +1097,20 @@ def test_too_little_shared_memory_is_said_before_it_kills(monkeypatch):
     loader_for(DataConfig(workers=0)).close()
 
 
+def test_more_workers_than_cores_are_told_once(monkeypatch, caplog, recwarn):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    loader_for(DataConfig(workers=2)).close()
+    assert not caplog.messages
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with loader_for(DataConfig(workers=2)) as loader:
+            next(loader)
+    (message,) = caplog.messages
+    assert "8 data processes on 2 cores" in message
+    assert not [w for w in recwarn if "DataLoader" in str(w.message)]
+
+
 SCRIPT = """
 import signal, sys, time
 import numpy as np

@@ -18,7 +18,9 @@ What is guaranteed, with B the global batch, W ranks, M micro-batches of B/(W*M)
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,6 +46,7 @@ from qlip_torch.train.workers import start_worker, starting_workers
 
 __all__ = ["Batch", "DataConfig", "Loader", "Source", "make_loader", "merge_states"]
 
+log = logging.getLogger(__name__)
 _DEFAULT_STREAMS = 8
 T = TypeVar("T")
 
@@ -103,6 +106,11 @@ class DataConfig:
             raise RecipeError(f"flip (={self.flip}) must be a chance from 0 to 1")
 
 
+class _QuietLoader(DataLoader[Any]):
+    def check_worker_number_rationality(self) -> None:
+        """Does not warn: `_warn_of_many_workers` does, and counts those of all ranks."""
+
+
 class Loader:
     """Endless batches of this rank, from `make_loader`. Close it, or use it in a `with` statement."""
 
@@ -125,7 +133,7 @@ class Loader:
         self._pieces, self._batch_size, self._micro_batches = pieces, batch_size, micro_batches
         self._lanes = dict(state["lanes"])
         self._state = state
-        self._loader = DataLoader(
+        self._loader = _QuietLoader(
             feed,
             batch_size=None,
             num_workers=workers,
@@ -316,6 +324,7 @@ def make_loader(
         prefetch = data.prefetch * math.ceil(micro_rows / piece / max(1, workers))
         begin["lanes"] = {k: v for k, v in begin["lanes"].items() if int(k) in lanes}
     _check_shared_memory(workers, prefetch, piece, image_size)
+    _warn_of_many_workers(workers)
     return Loader(
         feed,
         workers=workers,
@@ -409,6 +418,19 @@ def _check_shared_memory(workers: int, prefetch: int, rows: int, size: int) -> N
             f"{workers} workers with prefetched batches need {need >> 20} MB of "
             f"shared memory, /dev/shm has {free >> 20}: enlarge it (docker --shm-size), "
             "or lower data.workers or data.prefetch"
+        )
+
+
+def _warn_of_many_workers(workers: int) -> None:
+    can_tell = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if can_tell else (os.cpu_count() or 1)
+    total = workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if total > cores and os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning(
+            "%d data processes on %d %s: lower data.workers; more than one a core are no faster and take memory",
+            total,
+            cores,
+            "core" if cores == 1 else "cores",
         )
 
 
