@@ -813,7 +813,6 @@ def test_ranks_share_one_global_batch(sources, world_size):
     assert_same(got, want)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 @pytest.mark.parametrize("workers", [0, 3])
 def test_accumulation_goes_on_with_other_processes_and_workers(sources, workers):
     """Global batches of 24 rows: by one process, by four with micro-batches of 2, again by one with 3."""
