@@ -395,6 +395,17 @@ def test_torch_without_onednn_draws(dtype: str, monkeypatch: pytest.MonkeyPatch)
     test_lower_precision_draws("torch", dtype)
 
 
+def test_training_in_bfloat16_does_not_widen_what_attention_gives() -> None:
+    config, model = BASE, torch_generator.Generator(BASE)
+    kinds = []
+    for block in model.blocks():
+        block.self_attn.o_proj.register_forward_pre_hook(lambda _, x: kinds.append(x[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        x = torch.zeros(1, config.sequence_length, config.hidden_size)
+        model.model(x, model.rope("cpu"))
+    assert kinds == [torch.bfloat16] * config.num_hidden_layers
+
+
 def test_quantized_weights_draw() -> None:
     config = replace(BASE, hidden_size=64, intermediate_size=64)
     network = qlip.get_backend("mlx").generator(

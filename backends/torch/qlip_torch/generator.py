@@ -163,16 +163,17 @@ class Attention(nn.Module):
         turned = rotate(torch.cat((q, k), dim=2), rope)
         q, k = turned.transpose(1, 2).split((self.heads, self.groups), dim=1)
         v = v.transpose(1, 2)
+        dtype = v.dtype
         if cache is not None:
             k, v = cache.put(k, v)
             q = q.to(k.dtype)  # on the CPU a cache is float32 whatever the weights are
         if q.shape[2] == 1 and (q.device.type == "cpu" or torch.compiler.is_compiling()):
-            return self.o_proj(attend_once(q, k, v, mask).to(x.dtype))
+            return self.o_proj(attend_once(q, k, v, mask).to(dtype))
         if self.heads != self.groups:
             k, v = (t.repeat_interleave(self.heads // self.groups, dim=1) for t in (k, v))
         causal = mask is None and q.shape[2] > 1
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.o_proj(y.transpose(1, 2).flatten(2).to(x.dtype))
+        return self.o_proj(y.transpose(1, 2).flatten(2).to(dtype))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, Q, D] -> queries [B, Q, H, d], keys and values [B, Q, K, d]."""
