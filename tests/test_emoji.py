@@ -391,6 +391,7 @@ def test_words_that_training_never_saw(train: EmojiSet):
         ["A red apple, on a blue background!", "a woman's hat; 3 cats 🐱\ufe0f"]
     ) == ["cats", "🐱"]
     assert untrained_words(["a skunk", "un Skunk", "猫"]) == ["skunk", "un", "猫"]
+    assert untrained_words(["a good photo of art"]) == ["good", "photo", "art"]
     assert untrained_words(train.caption(train.scene(i)) for i in range(300)) == []
 
 

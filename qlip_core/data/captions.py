@@ -240,13 +240,14 @@ def caption_corpus(glyphs: Sequence[Glyph] | None = None) -> list[str]:
             _fix_articles(phrase.format(c=first, d=second))
             for phrase in (*twos, *_GRADIENT_ENDS.values())
         ]
-    # Words from the usual zero-shot prompts.
-    texts += [
-        "a photo of a big one",
-        "a good photo of the thing",
-        "a rendering of many",
-        "this is not an art",
-    ]
+    if glyphs is None:
+        # A vocabulary also gets words from the usual zero-shot prompts, which captions do not use.
+        texts += [
+            "a photo of a big one",
+            "a good photo of the thing",
+            "a rendering of many",
+            "this is not an art",
+        ]
     return texts
 
 
