@@ -266,6 +266,7 @@ def test_places_that_cannot_be_written_to(cli: Qlip, monkeypatch: pytest.MonkeyP
     assert "written as one of .png" in cli("reconstruct", "good.png", "-o", "x.txt").error
     assert "written as .npy or .safetensors" in cli("embed", "good.png", "-o", "x.pkl").error
     assert "x.npy: is a folder" in cli("embed", "good.png", "-o", "x.npy/").error
+    assert ".: is a folder" in cli("embed", "good.png", "-o", "").error
 
     def refuse(**_: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied")

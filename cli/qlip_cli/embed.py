@@ -61,7 +61,7 @@ def embed(
         raise QlipError("nothing to embed: name images, or give --text TEXT")
     if output is None and count > MAX_PRINTED:
         raise QlipError(f"{count} vectors are too many to print: name a file with -o")
-    outputs = check_outputs(output, [f.path for f in files], force) if output else []
+    outputs = check_outputs(output, [f.path for f in files], force) if output is not None else []
     network = options.load_model(model, revision, backend, device, dtype)
 
     import numpy as np
