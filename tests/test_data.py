@@ -349,6 +349,10 @@ def test_broken_archives_give_what_is_whole_and_one_bad():
         last = read(data)[-1][1]
         assert isinstance(last, Bad) and last.reason == "broken archive"
         assert message in last.detail
+    packed = gzip.compress(whole, 0)
+    for cut in range(20, len(whole.rstrip(b"\0")), 97):
+        last = read(packed[:cut])[-1][1]
+        assert isinstance(last, Bad) and "damaged gzip data" in last.detail
     for cut in (2000, 4200, 7000):
         every = read(whole[:cut])
         for n in range(len(every) + 1):

@@ -79,7 +79,10 @@ class _Reader:
         # In pieces, so that memory grows with the data received, not with what a header claims.
         pieces, left = [], size
         while left:
-            piece = self._stream.read(min(left, _CHUNK))
+            try:
+                piece = self._stream.read(min(left, _CHUNK))
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise ArchiveError(f"damaged gzip data ({error})") from None
             if not piece:
                 break
             pieces.append(piece)
@@ -119,11 +122,7 @@ def members(stream: ByteStream) -> Iterator[Member]:
     whole = _rejoined(head, stream)
     if head.startswith(b"\x1f\x8b"):
         whole = gzip.GzipFile(fileobj=whole)  # type: ignore[arg-type]
-    reader = _Reader(whole)
-    try:
-        yield from _members(reader)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ArchiveError(f"damaged gzip data ({error})") from None
+    yield from _members(_Reader(whole))
 
 
 def _rejoined(head: bytes, stream: ByteStream) -> ByteStream:
