@@ -17,10 +17,11 @@ import threading
 import time
 import types
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -1216,6 +1217,20 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_ends_the_run_in_words(br
         monkeypatch.setattr(loader, "_items", Items())
         next(loader)
     assert closed == [True]
+
+
+def broken_tokenizer(texts: Sequence[str]) -> NoReturn:
+    raise EOFError("from the tokenizer")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_same_kind_is_not_taken_for_a_death(workers):
+    data = DataConfig(workers=workers)
+    with (
+        pytest.raises(EOFError, match="from the tokenizer"),
+        make_loader(data, image_size=16, tokenizer=broken_tokenizer, batch_size=4) as loader,
+    ):
+        next(loader)
 
 
 # Slow to start, so that they are killed before they know their trainer.
