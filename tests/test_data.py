@@ -134,6 +134,8 @@ def test_braces_and_globs(tmp_path):
         open_source(f"{tmp_path}/x*.tar")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "._000.tar").touch()  # as macOS adds on disks of other systems
+    (tmp_path / "empty" / ".Trashes").mkdir()
+    (tmp_path / "empty" / ".Trashes" / "000.tar").touch()
     with pytest.raises(DataError, match="no tars, parquet files or images"):
         open_source(str(tmp_path / "empty"))
 

@@ -152,9 +152,13 @@ def _open_folder(location: str, folder: Path, limits: Limits) -> AnySource:
 
 
 def _visible(folder: Path, pattern: str) -> list[str]:
-    """The files below a folder that match, sorted. Hidden ones are left out, as among images: macOS puts a file
-    `._NAME` beside each one on disks of other systems."""
-    return sorted(str(path) for path in folder.rglob(pattern) if not path.name.startswith("."))
+    """The files below a folder that match, sorted. Those hidden or in hidden folders are left out, as among images:
+    on disks of other systems macOS puts a file `._NAME` beside each one, and deleted ones into `.Trashes`."""
+    return sorted(
+        str(path)
+        for path in folder.rglob(pattern)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def iter_samples(source: AnySource) -> Iterator[Sample | Bad]:
