@@ -516,6 +516,12 @@ def test_wrong_use(cli: Qlip, arguments: list[str], message: str) -> None:
     assert message in cli(*arguments, plain=True).error
 
 
+def test_the_folder_that_is_exported_names_the_model(cli: Qlip) -> None:
+    name = f"{Path.cwd().name}-model"
+    os.mkdir(name)
+    assert cli("train", "export", ".", plain=True).error.startswith(f"{name}: already exists")
+
+
 def test_help_of_train_is_its_default_command_s_and_names_the_others(cli: Qlip) -> None:
     text = cli("train", "-h", plain=True).out
     # Older versions of typer put no brackets around a metavar.

@@ -228,7 +228,7 @@ def export(
     trainer = _trainer(backend, out)
     if dtype not in STORED:
         raise typer.BadParameter(f'--dtype "{dtype}": models are stored in {", ".join(STORED)}')
-    folder = out or Path(f"{run.name}-model")
+    folder = out or Path(f"{Path(os.path.abspath(run)).name}-model")  # "." has no name
     if folder.exists() and not force:
         raise RecipeError(f"{folder}: already exists; name another with -o, or overwrite: --force")
     written = trainer.export(run, folder, dtype=dtype)
