@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -1261,13 +1262,19 @@ def test_workers_end_with_a_trainer_that_is_killed(script, lines, tmp_path):
 
 
 def group_is_gone(group: int) -> bool:
+    """Whether its processes end. Zombies have: not every container's first process collects its orphans."""
     for _ in range(300):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+        if not any(runs_in(process, group) for process in psutil.process_iter()):
             return True
         time.sleep(0.1)
     return False
+
+
+def runs_in(process: psutil.Process, group: int) -> bool:
+    try:
+        return os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.NoSuchProcess):
+        return False
 
 
 def test_feeds_travel_to_spawned_workers(sources):
