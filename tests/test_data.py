@@ -1152,7 +1152,11 @@ def start(script: str, folder: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+        env=os.environ
+        | {
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+            "PYTHONWARNINGS": "ignore:This DataLoader will create",  # more workers than cores
+        },
     )
 
 
