@@ -172,7 +172,9 @@ def test_texts_do_not_depend_on_the_length_of_their_neighbours(backend: str) -> 
     ours = network(backend, config, random_weights(config))
     ids = random_ids(config, 6)
     alone = np.concatenate([ours.embed_texts(row[None]) for row in ids])
-    np.testing.assert_allclose(ours.embed_texts(ids), alone, rtol=0, atol=1e-6)
+    # Other shapes are summed in another order: to float32's rounding, at the size of the values.
+    rounding = 1e-6 * np.abs(alone).max()
+    np.testing.assert_allclose(ours.embed_texts(ids), alone, rtol=0, atol=rounding)
 
 
 @each_backend
