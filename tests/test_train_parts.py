@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +26,14 @@ from qlip_core.errors import CheckpointError, RecipeError
 from qlip_core.preprocessing import CLIP_MEAN, Preprocessing
 from qlip_torch.model import QLIP
 from qlip_torch.perceptual import clip_to_signed
+from qlip_torch.train import distributed
 from qlip_torch.train.assemble import write_tokenizer
 from qlip_torch.train.checkpoints import Checkpoints
-from qlip_torch.train.distributed import World
+from qlip_torch.train.distributed import StopRequest, World, joined
 from qlip_torch.train.export import export
 from qlip_torch.train.generator.recipe import GeneratorRecipe
 from qlip_torch.train.pictures import Batch
-from qlip_torch.train.recipe import Recipe
+from qlip_torch.train.recipe import EngineRecipe, Recipe
 from qlip_torch.train.run import train
 from qlip_torch.train.stage import NonFiniteError, Stage, StepReport
 from qlip_torch.train.stage1 import build_stage1
@@ -303,3 +310,58 @@ def test_each_value_is_plotted_once(tmp_path: Path) -> None:
     metrics.close()
     assert len(board.written) == len(set(board.written))
     assert {"stage1/terms/mse 2", "stage1/pictures_psnr 1"} <= set(board.written)
+
+
+# -- the end of a job --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ended() -> Iterator[list[int]]:
+    """Signals that would have ended this process."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    yield seen
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_signal_does_not_end_a_process_that_is_leaving_its_job(
+    ended: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun sends it when another process has died: this one still has to tell why it stops."""
+    leave = torch.distributed.destroy_process_group
+
+    def interrupted() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        leave()
+
+    monkeypatch.setattr("torch.distributed.destroy_process_group", interrupted)
+    stop = StopRequest(20)
+    with (
+        pytest.raises(RecipeError, match="why"),
+        joined(EngineRecipe(device="cpu", parallel="fsdp"), stop),
+    ):
+        raise RecipeError("why")
+    assert (ended, stop.signal) == ([], signal.SIGTERM)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_launchers_end_does_not_end_a_process_that_has_failed(
+    fails: bool, ended: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or it could not tell why; one that goes on alone, to write the report, is ended."""
+    monkeypatch.setattr(distributed, "_LOOK_UP", 0.01)
+    threads = set(threading.enumerate())
+    init = torch.distributed.init_process_group
+    # Alone, though it believes to be one of two.
+    alone = partial(init, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    monkeypatch.setattr("torch.distributed.init_process_group", alone)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    with suppress(RecipeError), joined(EngineRecipe(device="cpu")):
+        if fails:
+            raise RecipeError("why")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    for watch in set(threading.enumerate()) - threads:
+        watch.join(60)
+    assert set(threading.enumerate()) <= threads
+    assert ended == ([] if fails else [signal.SIGTERM])

@@ -15,9 +15,8 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -36,6 +35,7 @@ from qlip_core.errors import BackendError, QlipError
 from qlip_torch.train.recipe import EngineRecipe
 
 TIMEOUT = timedelta(minutes=10)
+_LOOK_UP = 1.0  # seconds between checks that the launcher is still there
 
 
 class PeerError(QlipError):
@@ -105,18 +105,21 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def joined(engine: EngineRecipe) -> Iterator[World]:
-    """Join the job that torchrun started, or run alone; leave it cleanly at the end."""
+def joined(engine: EngineRecipe, stop: StopRequest | None = None) -> Iterator[World]:
+    """Join the job that torchrun started, or run alone; leave it cleanly at the end. `stop` notes signals until
+    the job is left: torchrun sends SIGTERM to a process that is about to tell why it ends."""
     device = choose_device(engine.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1 and engine.parallel == "ddp":
-        yield World(0, 1, device)
+        with stop or nullcontext():
+            yield World(0, 1, device)
         return
+    failed = threading.Event()
     # Only under torchrun: whoever starts processes by hand may well end before them.
     if size > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(os.getppid(), failed), daemon=True).start()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         if size == 1:
@@ -127,27 +130,31 @@ def joined(engine: EngineRecipe) -> Iterator[World]:
         raise BackendError(
             f"the processes of the job cannot connect ({_line(error)}): start them with torchrun"
         ) from error
-    try:
-        checkpoints = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        assert isinstance(checkpoints, dist.ProcessGroup)
-        world = World(dist.get_rank(), size, device, dist.group.WORLD, checkpoints)
-        yield world
-        # No rank destroys its group while another may still be waiting for it.
-        world.barrier()
-    except RuntimeError as error:
-        if not lost_a_peer(error):
-            raise
-        raise peer_error(error) from error
-    finally:
-        dist.destroy_process_group()
+    with ExitStack() as afterwards:
+        try:
+            checkpoints = dist.new_group(backend="gloo", timeout=TIMEOUT)
+            assert isinstance(checkpoints, dist.ProcessGroup)
+            if stop is not None:
+                afterwards.enter_context(stop)
+            yield World(dist.get_rank(), size, device, dist.group.WORLD, checkpoints)
+            # No rank destroys its group while another may still be waiting for it.
+            dist.barrier(group=checkpoints)
+        except BaseException as error:
+            failed.set()
+            if not (isinstance(error, RuntimeError) and lost_a_peer(error)):
+                raise
+            raise peer_error(error) from error
+        finally:
+            dist.destroy_process_group()
 
 
-def _end_with(launcher: int) -> None:
+def _end_with(launcher: int, failed: threading.Event) -> None:
     """Stop as after SIGTERM, with a checkpoint, once the launcher is gone, so that a restarted job does not
-    run into its old processes."""
-    while os.getppid() == launcher:
-        time.sleep(1.0)
-    os.kill(os.getpid(), signal.SIGTERM)
+    run into its old processes. A process that has `failed` ends anyway."""
+    while not failed.wait(_LOOK_UP):
+        if os.getppid() != launcher:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
 
 
 def _line(error: BaseException) -> str:

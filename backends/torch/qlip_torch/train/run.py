@@ -112,7 +112,7 @@ def train(
         with joined(recipe.engine) as world:
             return Result(out, {}, None, _dry_run(recipe, stages, out, world, stop, say))
     with ExitStack() as lock:
-        with joined(recipe.engine) as world, stop:
+        with joined(recipe.engine, stop) as world:
             if world.is_first:
                 lock.enter_context(only_run_in(out))
                 check_begun(out, recipe, resume)  # again: another run may just have ended

@@ -82,7 +82,7 @@ def train_generator(
     out = Path(out)
     recipe = _settled(recipe, out, resume, steps, dry_run)
     stop = StopRequest(recipe.checkpoints.grace_seconds)
-    with joined(recipe.engine) as world, nullcontext() if dry_run else stop:
+    with joined(recipe.engine, None if dry_run else stop) as world:
         run = _Run(recipe, out, world, stop, say)
         if dry_run:
             return GeneratorResult(out, None, None, run.dry())
