@@ -7,11 +7,12 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path, PurePath
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -275,18 +276,27 @@ def test_every_field_of_metrics_is_documented(whole_run: Path) -> None:
 
 
 def test_waiting_for_data_is_told(place: Path, tmp_path: Path) -> None:
+    from qlip_torch.train import loop, metrics
     from qlip_torch.train.data import Loader
+    from qlip_torch.train.stage import Stage
 
-    honest = Loader.__next__
+    seconds = [0.0]
 
-    def slow(self: Loader) -> Batch:
-        time.sleep(0.3)
-        return honest(self)
+    def slower(method: Callable[..., Any], by: float) -> Callable[..., Any]:
+        def slow(*args: Any, **options: Any) -> Any:
+            seconds[0] += by
+            return method(*args, **options)
+
+        return slow
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Loader, "__next__", slow)
+        clock = SimpleNamespace(perf_counter=lambda: seconds[0])
+        for module in (loop, metrics):
+            patch.setattr(module, "time", clock)
+        patch.setattr(Loader, "__next__", slower(Loader.__next__, 3.0))
+        patch.setattr(Stage, "step", slower(Stage.step, 1.0))
         run(place, tmp_path, stage1__steps=3)
-    assert all(line["data_wait"] > 0.2 for line in read_metrics(tmp_path / "stage1")[1:])
+    assert [line["data_wait"] for line in read_metrics(tmp_path / "stage1")] == [0.75] * 3
 
 
 def test_stage_2_keeps_text_tower_and_encoder_bit_for_bit(whole_run: Path) -> None:
