@@ -20,7 +20,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 from training import (
+    TIMEOUT,
     curve,
+    endless_run,
     finish,
     in_haste,
     metrics_in,
@@ -705,17 +707,10 @@ def test_a_folder_holds_one_run_at_a_time(
 
 
 def test_sigterm_writes_a_checkpoint_and_exits_143(place: Path, tmp_path: Path) -> None:
-    changes = {"stage1__steps": 100_000, "checkpoints__every": 100_000}
-    recipe = write_recipe(tmp_path / "recipe.toml", settings(place, **changes))
-    process = start_run(recipe, tmp_path / "out")
-    metrics = tmp_path / "out" / "stage1" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and metrics.stat().st_size:
-            break
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    recipe = write_recipe(tmp_path / "recipe.toml", settings(place))
+    with endless_run(recipe, tmp_path / "out") as process:
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 143, errors
     assert "--resume" in errors
     path = latest_checkpoint(tmp_path / "out" / "stage1" / "checkpoints")

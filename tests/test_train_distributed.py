@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training import curve, finish, in_haste, settings, start_run, write_data, write_recipe
+from training import (
+    TIMEOUT,
+    curve,
+    endless_run,
+    finish,
+    in_haste,
+    settings,
+    start_run,
+    write_data,
+    write_recipe,
+)
 
 from qlip_torch.train.checkpoints import latest_checkpoint
 from qlip_torch.train.recipe import Recipe
@@ -81,7 +91,7 @@ def test_shards_follow_it_and_go_on_alone_after_a_death(single: Path, tmp_path: 
     process = start_run(
         single / "recipe.toml", out, "--stage", "1", *sharded, "--kill", "1", "5", ranks=2
     )
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode != 0
     metrics = out / "stage1" / "metrics.jsonl"
     assert time.time() - metrics.stat().st_mtime < 60, time.monotonic() - began
@@ -106,18 +116,11 @@ def test_shards_train_stage_2(single: Path, tmp_path: Path) -> None:
 
 def test_processes_end_with_their_launcher(single: Path, tmp_path: Path) -> None:
     """torchrun is killed: its processes write a checkpoint and stop, as after SIGTERM."""
-    out, endless = tmp_path / "out", ["stage1.steps=100000", "checkpoints.every=100000"]
-    changes = [word for change in endless for word in ("--set", change)]
-    process = start_run(single / "recipe.toml", out, *changes, ranks=2)
-    metrics = out / "stage1" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and metrics.stat().st_size:
-            break
-        time.sleep(0.05)
-    process.kill()
-    # Both hold its stderr open until they have ended.
-    _, errors = process.communicate(timeout=60)
+    out = tmp_path / "out"
+    with endless_run(single / "recipe.toml", out, ranks=2) as process:
+        process.kill()
+        # Both hold its stderr open until they have ended.
+        _, errors = process.communicate(timeout=TIMEOUT)
     assert errors.count("with a checkpoint; continue with --resume") == 2, errors
     path = latest_checkpoint(out / "stage1" / "checkpoints")
     assert path is not None

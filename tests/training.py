@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from PIL import Image
 from qlip_core.data.vocabulary import train_bpe
 
 WORDS = ("red", "green", "blue", "noise", "square", "left", "right", "dark")
+TIMEOUT = 300.0  # seconds, for what takes a few unless it hangs
+ENDLESS = ("--set", "stage1.steps=100000", "--set", "checkpoints.every=100000")
 THREADS = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
@@ -132,7 +135,23 @@ def start_run(recipe: Path, out: Path, *options: str, ranks: int = 1) -> subproc
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
+@contextmanager
+def endless_run(recipe: Path, out: Path, ranks: int = 1) -> Iterator[subprocess.Popen[str]]:
+    """A run that has begun to train, and goes on until it is stopped; at the latest at the end."""
+    process = start_run(recipe, out, *ENDLESS, ranks=ranks)
+    metrics = out / "stage1" / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not (metrics.is_file() and metrics.stat().st_size):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline, "no step"
+            time.sleep(0.05)
+        yield process
+    finally:
+        process.kill()
+
+
+def finish(process: subprocess.Popen[str], timeout: float = TIMEOUT) -> str:
     """Wait for a run that must succeed; what it wrote to stderr."""
     _, errors = process.communicate(timeout=timeout)
     assert process.returncode == 0, errors
