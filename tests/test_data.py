@@ -44,7 +44,9 @@ from qlip_core.data.tars import split_name, tar_samples, write_tar
 from qlip_core.errors import DataError, RecipeError
 from qlip_core.evaluation.examples import Example, StoredExamples
 from qlip_core.preprocessing import Preprocessing
+from qlip_torch.train.checkpoints import Checkpoints
 from qlip_torch.train.data import Batch, DataConfig, Loader, Source, make_loader, merge_states
+from qlip_torch.train.distributed import World
 from qlip_torch.train.lanes import ShuffledStream
 from qlip_torch.train.order import Mixture, epoch_index
 from qlip_torch.train.pictures import Augmentation, Normalizer
@@ -1238,6 +1240,24 @@ def test_an_error_of_the_same_kind_is_not_taken_for_a_death(workers):
         make_loader(data, image_size=16, tokenizer=broken_tokenizer, batch_size=4) as loader,
     ):
         next(loader)
+
+
+def test_a_worker_that_dies_while_a_checkpoint_is_awaited_is_not_taken_for_a_full_disk(
+    tmp_path, monkeypatch
+):
+    def told(*_: object, **__: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.save", told)
+    alone = World(0, 1, torch.device("cpu"))
+    checkpoints = Checkpoints(tmp_path, keep=1, background=True, world=alone)
+    with (
+        pytest.raises(DataError, match=r"a data process has died \(.*killed.*fewer data\.workers"),
+        loader_for(DataConfig(workers=0)),
+    ):
+        checkpoints.save(1, {"a": torch.ones(2)}, {}, {})
+        checkpoints.wait()
+    checkpoints.close()
 
 
 # Slow to start, so that they are killed before they know their trainer.

@@ -32,6 +32,7 @@ from torch import Tensor
 from qlip_core.errors import CheckpointError
 from qlip_core.files import write_text
 from qlip_torch.train.distributed import World, lost_a_peer, peer_error
+from qlip_torch.train.workers import is_death
 
 LATEST, STATE = "latest", "state.json"
 # Written by `qlip_torch.train.loop.save`, and added here.
@@ -127,6 +128,8 @@ class Checkpoints:
             future.result()
         # CheckpointException, raised if torch's writing fails on a rank or alone, is no Exception.
         except (dcp.CheckpointException, OSError, RuntimeError) as error:
+            if is_death(error):  # of a data process, told while the trainer waits here
+                raise
             if self._world.is_first:
                 self._clear(part)
             lost = [cause for cause in _causes(error) if lost_a_peer(cause)]

@@ -42,7 +42,7 @@ from qlip_torch.train.order import Mixture
 from qlip_torch.train.pictures import Augmentation, Batch, Preparer, Tokenize
 from qlip_torch.train.sources import open_training_source
 from qlip_torch.train.strict import at_least
-from qlip_torch.train.workers import start_worker, starting_workers
+from qlip_torch.train.workers import is_death, start_worker, starting_workers
 
 __all__ = ["Batch", "DataConfig", "Loader", "Source", "make_loader", "merge_states"]
 
@@ -214,7 +214,7 @@ class Loader:
                 items._shutdown_workers()  # pyright: ignore[reportAttributeAccessIssue]
             except RuntimeError as error:
                 # That one of them was dead already is no news now; torch has stopped the others all the same.
-                if not _is_death(error):
+                if not is_death(error):
                     raise
 
     def __enter__(self) -> Loader:
@@ -228,12 +228,8 @@ class Loader:
     ) -> None:
         self.close()
         # torch raises it when the system tells that a child is gone, wherever the trainer is at that moment.
-        if error is not None and _is_death(error):
+        if error is not None and is_death(error):
             raise _death(str(error).strip(" .")) from None
-
-
-def _is_death(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 def _death(how: str) -> DataError:

@@ -69,3 +69,8 @@ def starting_workers() -> Iterator[None]:
             del os.environ[name]
         if before is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether an error is torch's that a worker is gone, raised when the system tells, wherever the trainer is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
