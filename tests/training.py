@@ -124,8 +124,9 @@ def start_run(recipe: Path, out: Path, *options: str, ranks: int = 1) -> subproc
     program = [str(Path(__file__).parent / "train_program.py"), str(recipe), str(out), *options]
     launcher = [sys.executable]
     if ranks > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        launcher = [sys.executable, *torchrun]
+        # By default it is found by the machine's name, which may lead nowhere.
+        here = ["--standalone", "--local-addr=127.0.0.1"]
+        launcher += ["-m", "torch.distributed.run", *here, f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
         [*launcher, *program],
         env={**os.environ, **THREADS},
