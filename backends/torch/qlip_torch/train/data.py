@@ -186,7 +186,7 @@ class Loader:
         try:
             item = next(items)
         except (ConnectionError, EOFError) as error:
-            if not self._loader.num_workers or str(error).startswith("Caught "):
+            if not self._loader.num_workers or " in DataLoader worker process " in str(error):
                 raise  # raised here or in a worker that lives
             # A worker that is killed while it hands over a tensor: its connection breaks before the system tells
             # of its end.
