@@ -344,6 +344,13 @@ def test_a_signal_does_not_end_a_process_that_is_leaving_its_job(
     assert (ended, stop.signal) == ([], signal.SIGTERM)
 
 
+def test_a_process_that_stops_with_another_one_exits_as_after_the_signal() -> None:
+    stop = StopRequest(20)
+    assert stop.exit_code == 143  # the signal reached another process of the job
+    stop.signal = signal.SIGINT
+    assert stop.exit_code == 130
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_launchers_end_does_not_end_a_process_that_has_failed(
     fails: bool, ended: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -113,6 +113,8 @@ def tokenizer(
     Without a recipe it is the small emoji model, both stages, in about ten minutes on two cores.
     For several devices: `torchrun --nproc-per-node 8 -m qlip_cli train RECIPE`.
     """
+    if recipe in ("tokenizer", "generator", "balance", "export"):
+        raise typer.BadParameter(f"name it before the options: qlip train {recipe}")
     trainer = _trainer(backend, out)
     recipe, run, settings = _request(
         recipe, "emoji", out, resume, [*(changes or []), *_sources(data)]
@@ -250,8 +252,6 @@ def _trainer(backend: str, out: Path | None) -> Trainer:
 def _name(recipe: str | None, default: str) -> str:
     if recipe == "":
         raise typer.BadParameter("the recipe's name is empty")
-    if recipe in ("tokenizer", "generator", "balance", "export"):
-        raise typer.BadParameter(f"name it before the options: qlip train {recipe}")
     return recipe or default
 
 

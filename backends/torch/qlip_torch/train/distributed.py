@@ -198,8 +198,9 @@ class StopRequest:
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, the shells' convention: 143 after SIGTERM, 130 after Ctrl-C."""
-        return 128 + (self.signal or 0)
+        """128 + the signal's number, the shells' convention: 130 after Ctrl-C, 143 after SIGTERM, also if another
+        process of the job got it."""
+        return 128 + (self.signal or signal.SIGTERM)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
